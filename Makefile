@@ -1,0 +1,19 @@
+# `make` alone prints the targets. The first of them to run makes .venv: PYTHON=python3.12 make test chooses whose.
+.PHONY: help demo test check bench
+RUN := .venv/bin/python
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
+
+help:           ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+demo: .venv/ok  ## train all three stages on the embedded shapes, and show what came out
+	@bash scripts/curriculum.sh
+test: .venv/ok  ## run the tests
+	@$(RUN) -m pytest
+check: .venv/ok ## format, lint and types: what CI asks besides the tests
+	@ruff format --check . && ruff check . && pyright
+bench: .venv/ok ## measure speed, and compare with the numbers in benchmarks/
+	@$(RUN) benchmarks/run.py
+
+.venv/ok: requirements.lock pyproject.toml scripts/setup.sh
+	@bash scripts/setup.sh $(PYTHON)
