@@ -25,7 +25,7 @@ if ! suits .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>
     "$python" -m venv --clear .venv
 fi
 
-total=$(grep -c == requirements.lock)
+total=$(grep -c '^[^#].*==' requirements.lock)
 progress() { # pip's log -> one line that fills up; a plain list where the output is no terminal
     local count=0 word name rest
     while read -r word name rest; do
