@@ -1,0 +1,124 @@
+"""What every denoiser is given and how every denoiser is described.
+
+A denoiser is an `nn.Module` called as `denoiser(x_t, t, cond)`:
+
+    x_t (b, c, h, w)   noisy latent
+    t   (b,)           noise time in [0, 1], 0 clean and 1 noise; the networks see 1000 t
+    cond               a `Cond`: whatever there is to condition on, each field a batch of rows or None
+
+and returns (b, c, h, w). It carries `.config`, the dataclass that built it, and `.gradient_checkpointing`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(slots=True)
+class Cond:
+    """Conditioning of a batch; a denoiser reads the fields it knows.
+
+    text (b, n, d) states, text_mask (b, n) bool with True at tokens (None: all are tokens), pooled (b, p),
+    class_id (b,) int64, size_ids (b, 6).
+    """
+
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    pooled: Tensor | None = None
+    class_id: Tensor | None = None
+    size_ids: Tensor | None = None
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Cond":
+        """Move every field to `device`; `dtype` is for the floating-point fields only."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device=device, dtype=dtype if x.is_floating_point() else None, non_blocking=True)
+
+        return self._map(move)
+
+    def select(self, rows: Tensor | slice) -> "Cond":
+        """Rows by boolean mask (b,), by index (k,) or by slice; an index may repeat a row."""
+        return self._map(lambda x: x[rows])
+
+    def where(self, drop: Tensor, null: "Cond") -> "Cond":
+        """Take the single row of `null` wherever `drop` (b,) bool is True: classifier-free guidance's dropout."""
+
+        def choose(name: str, rows: Sequence[Tensor]) -> Tensor:
+            x, other = rows
+            if other.shape[0] != 1 or other.shape[1:] != x.shape[1:]:
+                raise ValueError(
+                    f"null.{name} has shape {tuple(other.shape)} beside cond.{name} {tuple(x.shape)}; "
+                    "the null condition has one row and the same row shape, so encode it to the same length"
+                )
+            return torch.where(drop.view(-1, *[1] * (x.ndim - 1)), other.to(x.dtype), x)
+
+        return Cond._zip([self, null], choose)
+
+    @staticmethod
+    def cat(conds: Sequence["Cond"]) -> "Cond":
+        """Concatenate batches; every one has the same fields and the same text length."""
+        return Cond._zip(conds, lambda _, rows: torch.cat(list(rows)))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Cond":
+        return Cond(*(None if (x := getattr(self, f.name)) is None else change(x) for f in fields(self)))
+
+    @staticmethod
+    def _zip(conds: Sequence["Cond"], join: Callable[[str, Sequence[Tensor]], Tensor]) -> "Cond":
+        """Join field by field; a field is in all or in none, but an absent mask beside a mask is all True."""
+        joined = Cond()
+        for field in fields(Cond):
+            rows = [getattr(cond, field.name) for cond in conds]
+            if field.name == "text_mask" and any(row is not None for row in rows):
+                rows = [cond.text_mask if cond.text_mask is not None else _all_tokens(cond) for cond in conds]
+            given = [row for row in rows if row is not None]
+            if given and len(given) == len(rows):
+                setattr(joined, field.name, join(field.name, given))
+            elif given:
+                raise ValueError(f"cond.{field.name} is given in some conditions and None in others; give all or none")
+        return joined
+
+
+def _all_tokens(cond: Cond) -> Tensor | None:
+    return None if cond.text is None else cond.text.new_ones(cond.text.shape[:2], dtype=torch.bool)
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """Description of a denoiser. Subclasses add their fields and `build`.
+
+    in_channels: channels of the latent. patch_size: side of a token in latent cells. base_size: side of the latent at
+    which positions count 0, 1, 2, ...; other sizes are anchored to that range.
+
+    A subclass's `__post_init__` calls its parent's by name: `super()` without arguments does not work in a class that
+    `slots=True` has rebuilt.
+    """
+
+    in_channels: int = 4
+    patch_size: int = 2
+    base_size: int = 32
+
+    def __post_init__(self) -> None:
+        require_positive(self, "in_channels", "patch_size", "base_size")
+        if self.base_size % self.patch_size:
+            raise ValueError(indivisible(self.patch_size, self.base_size))
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Make the network, freshly initialised, on the current default device."""
+        raise NotImplementedError
+
+
+def require_positive(config: ModelConfig, *names: str) -> None:
+    """Refuse a field that is not a whole number from 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"model.{name}={getattr(config, name)} is not positive; give a whole number from 1")
+
+
+def indivisible(patch_size: int, side: int) -> str:
+    """Say that a latent side is not a whole number of patches, and what would be."""
+    choices = ", ".join(str(k) for k in range(1, min(side, 16) + 1) if side % k == 0)
+    return f"model.patch_size={patch_size} does not divide the latent side {side}; choose one of {choices}"

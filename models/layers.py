@@ -1,0 +1,223 @@
+"""The parts that the three transformers share.
+
+    modulate(x, shift, scale) = LN(x) (1 + scale) + shift          LN without weights of its own
+    gated(x, gate, y)         = x + gate y
+    attend(q, k, v)           = softmax(q k^T / sqrt(d)) v          per head
+
+`PatchTransformer` holds what is the same at both ends of the networks: latents to tokens and back, time, checkpoints.
+Tensor names are common to the networks, so that surgery can copy a trunk by name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.base import ModelConfig, indivisible, require_positive
+from models.embed import POSITIONS, TIME_DIM, positions, time_embedding
+
+
+@dataclass(slots=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """Fields common to the transformers; the defaults are the XL/2 size.
+
+    hidden: width. qk_norm: RMS-normalise queries and keys per head, for stable training in low precision.
+    positions: see `models.embed`.
+    """
+
+    hidden: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: int = 4
+    qk_norm: bool = False
+    positions: str = "centre"
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        require_positive(self, "hidden", "depth", "heads", "mlp_ratio")
+        if self.hidden % self.heads:
+            raise ValueError(
+                f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}; "
+                f"hidden={self.hidden // self.heads * self.heads or self.heads} is"
+            )
+        if self.hidden % 4:
+            raise ValueError(
+                f"model.hidden={self.hidden} is not a multiple of 4, as sines and cosines of two coordinates need; "
+                f"hidden={self.hidden // 4 * 4 + 4} is"
+            )
+        known = [kind for kind in POSITIONS if kind != "crop" or hasattr(self, "table_size")]
+        if self.positions not in known:
+            raise ValueError(f"model.positions={self.positions!r} is not known here; choose one of {', '.join(known)}")
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) (1 + scale) + shift; x (b, n, hidden), shift and scale (b, 1, hidden)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x + gate y; x and y (b, n, hidden), gate (b, 1, hidden)."""
+    return torch.addcmul(x, gate, y)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Multi-head attention: q (b, n, heads, d), k and v (b, m, heads, d), mask (b, 1, 1, m) -> (b, n, heads * d)."""
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return y.transpose(1, 2).flatten(2)
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, width_in: int, width: int, width_out: int, act: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fc1 = nn.Linear(width_in, width)
+        self.fc2 = nn.Linear(width, width_out)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh form, as in the public weights."""
+    return F.gelu(x, approximate="tanh")
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one linear for query, key and value.
+
+    `project=False` leaves the output linear away: MMDiT's last text stream gives keys and values only.
+    """
+
+    def __init__(self, hidden: int, heads: int, qk_norm: bool = False, project: bool = True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.q_norm = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
+        self.out = nn.Linear(hidden, hidden) if project else None
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: (b, n, hidden) -> 3 x (b, n, heads, d)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.out is not None
+        return self.out(attend(*self.heads_of(x)))
+
+
+class CrossAttention(nn.Module):
+    """Queries from the picture, keys and values from the text."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(hidden, hidden)
+        self.kv = nn.Linear(hidden, 2 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return self.out(attend(q, k, v, mask))
+
+
+class Final(nn.Module):
+    """Modulated norm and the linear from tokens to patches."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.modulation = nn.Linear(config.hidden, 2 * config.hidden)
+        self.linear = nn.Linear(config.hidden, config.patch_size**2 * config.in_channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class PatchTransformer(nn.Module):
+    """Both ends of a transformer on latents: patches and positions in, time, and patches out."""
+
+    table_size = 0  # for positions="crop"
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        p = config.patch_size
+        self.patch_embed = nn.Conv2d(config.in_channels, config.hidden, kernel_size=p, stride=p)
+        self.time_mlp = MLP(TIME_DIM, config.hidden, config.hidden, F.silu)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Patches as tokens, in reading order, with their positions added: (b, c, h, w) -> (b, n, hidden)."""
+        config, p = self.config, self.config.patch_size
+        for side in x.shape[2:]:
+            if side % p:
+                raise ValueError(indivisible(p, side))
+        if x.shape[1] != config.in_channels:
+            raise ValueError(
+                f"model.in_channels={config.in_channels} but the latent has {x.shape[1]} channels; "
+                "choose the autoencoder that the model was made for, or set in_channels"
+            )
+        x = self.patch_embed(x)
+        grid = (x.shape[2], x.shape[3])
+        place = positions(
+            grid, config.base_size // p, config.hidden, config.positions, self.table_size, x.device, x.dtype
+        )
+        return place + x.flatten(2).mT  # `place` first: the sum takes its memory order, and all that follows too
+
+    def image(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Undo the patches: (b, n, p * p * c) -> (b, c, height, width)."""
+        p, c = self.config.patch_size, self.config.in_channels
+        x = x.view(x.shape[0], height // p, width // p, p, p, c)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], c, height, width)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Time to the width of the network: (b,) -> (b, hidden)."""
+        return self.time_mlp(time_embedding(t).to(self.time_mlp.fc1.weight.dtype))
+
+    def run(self, block: nn.Module, *args: Tensor | None):
+        """Call a block; in training with gradient checkpointing its activations are recomputed, not kept."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def init_linears(self) -> None:
+        """DiT's start: Xavier-uniform linears (the patch embedding seen as one), no biases, a small time MLP."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
+        init_small(self.time_mlp)
+
+
+def init_small(mlp: MLP) -> None:
+    """Weights N(0, 0.02^2): an embedding that starts quiet."""
+    nn.init.normal_(mlp.fc1.weight, std=0.02)
+    nn.init.normal_(mlp.fc2.weight, std=0.02)
+
+
+def init_zero(*linears: nn.Linear) -> None:
+    """Linears that start silent."""
+    for linear in linears:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+def text_states(text: Tensor | None, mask: Tensor | None, width: int) -> Tensor:
+    """Text states (b, n, width) with the padding zeroed: whatever stands there, NaN included, cannot pass."""
+    if text is None:
+        raise ValueError("cond.text is None but this model is conditioned on text; encode the captions (text=...)")
+    if text.shape[-1] != width:
+        raise ValueError(
+            f"model.text_dim={width} but the text states are {text.shape[-1]} wide; "
+            "choose the text encoder that the model was made for, or set text_dim"
+        )
+    return text if mask is None else text.masked_fill(~mask[..., None], 0)

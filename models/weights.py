@@ -1,0 +1,163 @@
+"""Denoisers on disk: a folder that describes itself, never a pickle.
+
+    folder/config.json          {"_class_name": "PixArt", ...the fields of PixArtConfig}
+    folder/model.safetensors    tensors by name; other names ("ema") may stand beside it under the one config
+
+Files appear whole or not at all: each is written beside its place, synced and renamed. Loading is strict, since a
+denoiser with some tensors left at their start still draws, only badly.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.base import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {"CCDiT": "models.ccdit", "PixArt": "models.pixart", "MMDiT": "models.mmdit", "UNet": "models.unet"}
+
+
+def save_denoiser(denoiser: nn.Module, folder: str | Path, name: str = "model") -> None:
+    """Write `folder`/config.json and `folder`/`name`.safetensors; wrappers of DDP and compile leave no trace."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    inner = unwrap(denoiser)
+    write_config(inner.config, folder)  # pyright: ignore[reportArgumentType]
+    write_tensors({plain_name(key): tensor for key, tensor in inner.state_dict().items()}, folder, name)
+
+
+def load_denoiser(folder: str | Path, name: str = "model") -> nn.Module:
+    """Rebuild the denoiser saved in `folder`, on the CPU, in the file's dtype and in training mode, strictly."""
+    folder = Path(locate(folder))
+    tensors = read_tensors(folder, name)
+    with torch.device("meta"):  # no time spent on an initialisation that is about to be replaced
+        denoiser = read_config(folder).build()
+    load_strict(denoiser, tensors, source=str(folder / f"{name}.safetensors"), assign=True)
+    return denoiser
+
+
+def load_strict(model: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
+    """Load tensors whose names and shapes are exactly the model's; else ValueError with names and a likely cause.
+
+    assign: let the model take the tensors themselves, with their dtype, instead of copying into its own.
+    """
+    wanted = model.state_dict()
+    problems = {
+        "missing": [key for key in wanted if key not in tensors],
+        "extra": [key for key in tensors if key not in wanted],
+        "misshapen": [
+            f"{key} {tuple(tensors[key].shape)} for {tuple(wanted[key].shape)}"
+            for key in wanted
+            if key in tensors and tensors[key].shape != wanted[key].shape
+        ],
+    }
+    if any(problems.values()):
+        lists = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in problems.items() if keys)
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {lists}. {_likely_cause(**problems)}")
+    model.load_state_dict(tensors, assign=assign)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        inner = getattr(model, "module", None) if inner is None else inner
+        if inner is None:
+            return model
+        model = inner
+
+
+def plain_name(key: str) -> str:
+    """Name of a tensor without what wrappers, also of single blocks, add to it."""
+    return key.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def write_config(config: ModelConfig, folder: Path) -> None:
+    """Write config.json with the name of the network's class."""
+    described = {"_class_name": type(config).__name__.removesuffix("Config"), **asdict(config)}
+    partial = folder / f"config.json.{os.getpid()}.tmp"
+    partial.write_text(json.dumps(described, indent=2) + "\n")
+    _publish(partial, folder / "config.json")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read config.json into the Config class that it names; unknown classes and keys are refused."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder of a saved model, which holds config.json")
+    described = json.loads(path.read_text())
+    class_name = described.pop("_class_name", None)
+    if class_name not in MODULES:
+        raise ValueError(f"{path} has _class_name={class_name!r}; this project builds {', '.join(MODULES)}")
+    config_class = getattr(import_module(MODULES[class_name]), f"{class_name}Config")
+    known = {field.name for field in fields(config_class)}
+    if unknown := sorted(described.keys() - known):
+        raise ValueError(
+            f"{path} has keys that {class_name} lacks: {_first(unknown)}; was it saved by a newer version?"
+        )
+    return config_class(**described)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None:
+    """Write `folder`/`name`.safetensors at once or not at all; tensors of any device, none sharing memory."""
+    partial = folder / f"{name}.safetensors.{os.getpid()}.tmp"
+    fresh = folder / f"{name}.safetensors.{os.getpid()}.mode"
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, {"format": "pt"})
+    fresh.touch()  # safetensors makes files only their owner may read; a plain new file has what the umask allows
+    shutil.copymode(fresh, partial)
+    fresh.unlink()
+    _publish(partial, folder / f"{name}.safetensors")
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read `folder`/`name`.safetensors on the CPU."""
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        found = sorted(file.stem for file in folder.glob("*.safetensors"))
+        raise ValueError(f"{path} does not exist; {folder} holds the weights {', '.join(found) or 'of nothing'}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again or take the checkpoint before it") from error
+
+
+def locate(path: str | Path) -> str:
+    """A path as given if it exists, else below the repository if it exists there, else unchanged: a hub's name."""
+    below = ROOT / Path(path).expanduser()
+    return str(path) if Path(path).exists() or not below.exists() else str(below)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _first(names: list[str], count: int = 10) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _likely_cause(missing: list[str], extra: list[str], misshapen: list[str]) -> str:
+    ends = ("patch_embed.", "final.linear.", "conv_in.", "conv_out.")
+    if any(key.startswith("module.") or "_orig_mod." in key for key in extra):
+        return "Likely cause: saved from inside a DDP or compile wrapper; save with save_denoiser."
+    if any(key.startswith(("transformer_blocks.", "pos_embed.", "down_blocks.")) for key in extra):
+        return "Likely cause: a diffusers file, whose tensors have other names; convert it first."
+    if any("_norm." in key for key in missing + extra) and all("_norm." in key for key in missing + extra):
+        return "Likely cause: model.qk_norm differs."
+    if misshapen and not missing + extra and all(key.startswith(ends) for key in misshapen):
+        return "Likely cause: model.in_channels or model.patch_size differs; was the autoencoder changed?"
+    if misshapen and not missing + extra:
+        return "Likely cause: the same class at another size; check config.json beside the file."
+    return (
+        "Likely cause: another class or depth; check config.json beside the file, or carry over with reparameterize.py."
+    )
