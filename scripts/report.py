@@ -410,12 +410,13 @@ def spread(items: list, count: int) -> list:
 def section(stage: Stage) -> str:
     """Everything about one stage."""
     train = stage.summary()["train"]
+    loss = train["loss_unweighted"]
     numbers = {
         "images seen": f"{train['images']:,}",
         "training time": duration(train["seconds"]),
         "images per second": f"{train['images_per_s']:,.0f}",
         "peak memory": megabytes(train["peak_rss_mb"]),
-        "final loss, unweighted": f"{train['loss_unweighted']:.4g}" if train["loss_unweighted"] else "not finite",
+        "final loss, unweighted": "not finite" if loss is None else f"{loss:.4g}",
     }
     heading = f"{stage.title}: {STAGES[stage.name][1]}"
     return (
@@ -450,9 +451,8 @@ def page(run: Path, stages: list[Stage], commands: list[dict], numbers: dict, pa
     time = duration(numbers["train_seconds"])
     lead = f"Three stages of one text-to-image model, trained in {time}."
     if partial:
-        lead = f"In progress: {time} of training so far" + (
-            f"; {', '.join(missing)} still to come." if missing else "."
-        )
+        ahead = f"; {', '.join(missing)} still to come" if missing else ""
+        lead = f"In progress: {time} of training so far{ahead}."
     exam = (
         '<p class="muted note">An accuracy is the share of generated pictures in which a reader made of classical image'
         " analysis, with no network in it, finds what was asked for. A prompt counts as right only if every attribute"
