@@ -250,11 +250,11 @@ def test_log_ticks():
     assert len(report.log_ticks(0.31, 0.34)) >= 3
 
 
-def test_interval_is_wilsons():
-    assert report.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # Wilson's published example
-    low, high = report.wilson(1.0, 20)
-    assert 0.8 < low < 0.9
-    assert high == pytest.approx(1)
+@pytest.mark.parametrize(("share", "count"), [(0.5, 100), (0.9, 256), (0.0, 20), (1.0, 20)])
+def test_interval_ends_where_the_share_seen_is_z_deviations_away(share, count):
+    for end in report.wilson(share, count):  # Wilson's definition: |share - p| = z sqrt(p (1 - p) / n)
+        assert -1e-12 <= end <= 1 + 1e-12
+        assert (share - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / count, abs=1e-12)
 
 
 def test_percent_rounds_to_hundred_only_if_all_are_right():
