@@ -1,0 +1,148 @@
+"""Draw, encode and store the embedded data set: `data/shapes.py` -> autoencoder -> shards.
+
+Record i holds scene i of the seed, so the shards can be made again, to the byte, from what their index says.
+Pictures of one thing carry its colour and shape as a class label.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from data import shapes
+from data.shards import ShardReader, ShardWriter
+
+
+class Things(Enum):
+    """How many things are on a picture; the values are what `shapes.scene` takes."""
+
+    one = 1
+    two = 2
+    both = None
+
+
+class Autoencoder(Protocol):
+    """What is needed of `models.autoencoder.Autoencoder`."""
+
+    factor: int
+
+    def encode(self, pixels: torch.Tensor, /) -> torch.Tensor: ...
+    def info(self) -> dict[str, Any]: ...
+
+
+class TextEncoders(Protocol):
+    """What is needed of `models.text.TextEncoders`."""
+
+    def encode(self, captions: list[str], /) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+
+def prepare_shapes(
+    out: str | Path,
+    *,
+    resolution: int,
+    num_images: int,
+    seed: int,
+    vae: Autoencoder,
+    text: TextEncoders | None = None,
+    things: Things = Things.both,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> bool:
+    """Write `num_images` scenes to `out`, with the text states of all their captions if `text` is given.
+
+    `progress` is told the number done after each batch. Returns False, and does nothing, if `out` already holds
+    this very set; raises ValueError if it holds another, unless `overwrite`.
+    """
+    if resolution % vae.factor or resolution < 32:
+        raise ValueError(
+            f"resolution={resolution} must be a multiple of {vae.factor}, the autoencoder's factor, and at least 32; "
+            "choose for instance 64, 128 or 256"
+        )
+    if num_images < 1:
+        raise ValueError(f"images={num_images} must be at least 1; 20000 is a good start")
+    recipe = {
+        "data": "shapes",
+        "images": num_images,
+        "resolution": resolution,
+        "seed": seed,
+        "things": things.name,
+        "text_states": _digest(text) if text else None,
+    }
+    info = json.loads(json.dumps(vae.info()))  # as it will be read back
+    if not overwrite and _is_prepared(Path(out), recipe, info):
+        return False
+    extra = {"recipe": recipe, "num_classes": shapes.NUM_CLASSES if things is Things.one else None}
+    with ShardWriter(out, resolution=resolution, vae=info, extra=extra, overwrite=overwrite) as writer:
+        for first in range(0, num_images, batch):
+            indices = range(first, min(first + batch, num_images))
+            for record, arrays in _encoded(indices, resolution, seed, things, vae, text, device):
+                writer.add(record, **arrays)
+            if progress:
+                progress(indices.stop)
+    return True
+
+
+@torch.inference_mode()
+def _encoded(
+    indices: range,
+    resolution: int,
+    seed: int,
+    things: Things,
+    vae: Autoencoder,
+    text: TextEncoders | None,
+    device: torch.device | str,
+) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """Records and arrays of the scenes with the given indices, encoded as one batch."""
+    scenes = [shapes.scene(seed, index, num_things=things.value) for index in indices]
+    pictures = np.stack([shapes.render(scene, resolution) for scene in scenes])
+    pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+    arrays = {"latent": vae.encode(pixels)}
+    captions = [shapes.captions(scene, seed, index) for scene, index in zip(scenes, indices, strict=True)]
+    if text:
+        states = text.encode([caption for four in captions for caption in four])
+        named = zip(("text", "mask", "pooled"), states, strict=True)
+        arrays |= {name: array.unflatten(0, (len(scenes), -1)) for name, array in named}
+    rows = {name: array.cpu().numpy() for name, array in arrays.items()}
+    return [
+        (
+            {"index": index, "captions": captions[i]} | _label(scenes[i]),
+            {name: array[i] for name, array in rows.items()},
+        )
+        for i, index in enumerate(indices)
+    ]
+
+
+def _label(scene: shapes.Scene) -> dict[str, int]:
+    return {"class_id": scene.things[0].class_id} if len(scene.things) == 1 else {}
+
+
+def _is_prepared(out: Path, recipe: dict[str, Any], info: dict[str, Any]) -> bool:
+    """Whether `out` holds just this set; ValueError if it holds another."""
+    if not (out / "index.json").exists():
+        return False
+    index = ShardReader(out).index
+    asked = recipe | {"vae": info["id"]}
+    held = index["extra"].get("recipe", {}) | {"vae": index["vae"].get("id")}
+    for key, value in asked.items():
+        if held.get(key) != value:
+            raise ValueError(
+                f"{out} already holds a data set with {key}={held.get(key)}, not {value}; "
+                "choose another --out, or pass --overwrite to replace it"
+            )
+    return True
+
+
+def _digest(module: TextEncoders) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

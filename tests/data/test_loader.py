@@ -1,0 +1,230 @@
+"""The loader: a batch depends on the seed and the position alone, whoever reads it and wherever it began."""
+
+from dataclasses import fields
+from itertools import chain, pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from data import draws
+from data.loader import Batch, Batches, DataConfig, loader, open_shards
+from data.shards import ShardReader, ShardWriter
+from tests.data.conftest import CAPTIONS, COUNT, latent, write
+
+CONFIG = DataConfig(path="", resolution=32, text_states=True)
+
+
+@pytest.fixture(scope="module")
+def reader(folder):
+    return ShardReader(folder)
+
+
+def read(reader, *, start=0, stop=96, batch_size=12, micro_batch=3, config=CONFIG, seed=1, **processes):
+    sizes = {"batch_size": batch_size, "micro_batch": micro_batch}
+    return list(loader(config, reader, seed, start=start, stop=stop, **sizes, **processes))
+
+
+def joined(batches) -> dict:
+    """All micro-batches as one, sorted by position."""
+    batches = list(batches)
+    turn = torch.cat([batch.positions for batch in batches]).argsort()
+    all_of = {}
+    for field in fields(Batch):
+        parts = [getattr(batch, field.name) for batch in batches]
+        if field.name == "captions":
+            captions = [caption for part in parts for caption in part]
+            all_of["captions"] = [captions[i] for i in turn]
+        else:
+            all_of[field.name] = torch.cat(parts)[turn]
+    return all_of
+
+
+def assert_same(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name] if name == "captions" else torch.equal(a[name], b[name]), name
+
+
+def shown(batches) -> np.ndarray:
+    """Records shown, read off the captions."""
+    return np.array([int(caption.split(",")[0]) for caption in joined(batches)["captions"]])
+
+
+def test_batches_hold_the_records_of_their_positions(reader):
+    for batch in read(reader):
+        assert batch.latents.shape == (3, 2, 4, 4)
+        assert batch.latents.dtype == torch.float32
+        assert batch.class_id.dtype == batch.positions.dtype == torch.int64
+        assert (batch.text.dtype, batch.text_mask.dtype, batch.pooled.dtype) == (
+            torch.float32,
+            torch.bool,
+            torch.float32,
+        )
+        rows = draws.rows(1, batch.positions.numpy(), COUNT)
+        assert np.array_equal(batch.latents, np.stack([latent(row) for row in rows]))
+        assert batch.class_id.tolist() == (rows % 5).tolist()
+        for i, caption in enumerate(batch.captions):  # text states are those of the very caption
+            row, pick = int(caption.split(",")[0]), int(caption.split(":")[0][-1])
+            assert row == rows[i]
+            assert (batch.text[i] == row + pick / 4).all()
+            assert (batch.pooled[i] == row + pick / 4).all()
+            assert batch.text_mask[i].tolist() == [j <= pick for j in range(3)]
+
+
+def test_every_epoch_shows_every_record_once(reader):
+    rows = shown(read(reader, stop=3 * COUNT, batch_size=3))
+    for epoch in range(3):
+        assert sorted(rows[epoch * COUNT : (epoch + 1) * COUNT]) == list(range(COUNT))
+    assert not np.array_equal(rows[:COUNT], rows[COUNT : 2 * COUNT])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_any_number_of_processes_shows_the_same(reader, world, micro_batch):
+    size = {"stop": 108, "batch_size": 36}
+    alone = read(reader, micro_batch=12, **size)
+    ranks = [read(reader, micro_batch=micro_batch, rank=rank, world=world, **size) for rank in range(world)]
+    assert {len(rank) for rank in ranks} == {108 // (world * micro_batch)}
+    assert_same(joined(chain(*ranks)), joined(alone))
+    per_step = 36 // (world * micro_batch)
+    for step in range(3):  # and step by step, each process owning one contiguous run
+        positions = [torch.cat([b.positions for b in rank[step * per_step :][:per_step]]) for rank in ranks]
+        assert torch.cat(positions).tolist() == list(range(step * 36, step * 36 + 36))
+
+
+def test_resumes_exactly_from_any_image(reader):
+    """Three resumes inside one epoch and one beyond its end, each from its number of images alone."""
+    whole = joined(read(reader, stop=96))
+    stops = [0, 12, 24, 36, 72, 96]
+    pieces = [read(reader, start=a, stop=b) for a, b in pairwise(stops)]
+    assert_same(joined(chain(*pieces)), whole)
+    for start in np.random.default_rng(0).integers(0, 84, 10):  # also from no multiple of the batch
+        piece = joined(read(reader, start=int(start), stop=int(start) + 12))
+        assert_same(piece, {name: values[start : start + 12] for name, values in whole.items()})
+
+
+def test_ends_with_a_whole_step(reader):
+    assert len(read(reader, start=0, stop=13, micro_batch=12)) == 2
+    assert read(reader, start=24, stop=24) == []
+    assert read(reader, start=36, stop=24) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(reader, workers):
+    config = DataConfig(path="", resolution=32, text_states=True, workers=workers)
+    batches = read(reader, config=config)
+    assert [b.positions[0].item() for b in batches] == list(range(0, 96, 3))  # in order
+    assert_same(joined(batches), joined(read(reader)))
+
+
+@pytest.mark.slow
+def test_spawned_workers_change_nothing(reader):
+    batches = Batches(CONFIG, reader, 1, start=0, stop=24, batch_size=12, micro_batch=3)
+    spawned = list(DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+    assert_same(joined(spawned), joined(read(reader, stop=24)))
+
+
+def test_leaves_global_random_numbers_alone(reader):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    read(reader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_differ(reader):
+    assert not np.array_equal(shown(read(reader, seed=1)), shown(read(reader, seed=2)))
+
+
+def test_captions_follow_their_weights(reader):
+    config = DataConfig(path="", resolution=32, caption_weights=[1, 0, 3])
+    batches = Batches(config, reader, 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
+    picks = np.bincount([int(c.split(":")[0][-1]) for c in batches[0].captions], minlength=3) / 4000
+    assert picks == pytest.approx([0.25, 0, 0.75], abs=0.03)
+    batches = Batches(DataConfig(path=""), reader, 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
+    picks = np.bincount([int(c.split(":")[0][-1]) for c in batches[0].captions], minlength=3) / 4000
+    assert picks == pytest.approx(np.full(CAPTIONS, 1 / 3), abs=0.03)
+
+
+def test_caption_of_a_record_changes_between_epochs(reader):
+    batches = read(reader, stop=6 * COUNT, batch_size=6)
+    seen = {}
+    for caption in joined(batches)["captions"]:
+        seen.setdefault(caption.split(",")[0], set()).add(caption)
+    assert np.mean([len(captions) for captions in seen.values()]) > 2
+
+
+def test_records_without_class_are_minus_one(tmp_path):
+    with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
+        writer.add({"captions": ["a"]}, latent=np.zeros((2, 4, 4)))
+        writer.add({"captions": ["b"], "class_id": 0}, latent=np.zeros((2, 4, 4)))
+    batch = read(ShardReader(tmp_path), config=DataConfig(), batch_size=2, micro_batch=2, stop=2)[0]
+    assert dict(zip(batch.captions, batch.class_id.tolist(), strict=True)) == {"a": -1, "b": 0}
+    assert batch.text is None
+
+
+def test_batch_moves_but_positions_stay(reader):
+    moved = read(reader, stop=12)[0].to("meta")
+    assert {getattr(moved, name).device.type for name in ("latents", "class_id", "text", "text_mask", "pooled")} == {
+        "meta"
+    }
+    assert moved.positions.device.type == "cpu"
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption_weights": [0.0, 0.0]}, r"data.caption_weights=\[0.0, 0.0\] must be at least 0 and not all 0"),
+        ({"caption_weights": [-1.0, 2.0]}, "must be at least 0"),
+        ({"caption_weights": [float("nan")]}, "must be at least 0"),
+        ({"resolution": 0}, "data.resolution=0 must be positive"),
+        ({"workers": -1}, "data.workers=-1 must be at least 0"),
+        ({"exam": "colours"}, "data.exam=colours is unknown; choose shapes"),
+    ],
+)
+def test_config_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**changes)
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(10, 1), (12, 8), (12, 3)])
+def test_batch_that_does_not_divide(reader, batch_size, world):
+    with pytest.raises(ValueError, match=rf"batch_size={batch_size} is not a multiple of {world} processes x micro_b"):
+        read(reader, batch_size=batch_size, micro_batch=12 if world == 3 else 3, world=world)
+
+
+def test_open_shards_checks_what_the_run_needs(folder, tmp_path):
+    config = DataConfig(path=str(folder), resolution=32, caption_weights=[1.0, 1.0, 0.0], text_states=True)
+    assert len(open_shards(config, num_classes=5)) == COUNT
+    for changes, num_classes, message in [
+        ({"resolution": 64}, None, "data.resolution=64, but .* holds pictures of 32"),
+        ({"caption_weights": [1.0]}, None, "data.caption_weights has 1 values, but records of .* have 3 captions"),
+        ({}, 4, "has 5 classes, but the model is conditioned on 4 classes"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_shards(DataConfig(**({"path": str(folder), "resolution": 32} | changes)), num_classes=num_classes)
+    bare = write(tmp_path / "bare", extra={})
+    with pytest.raises(ValueError, match=r"has records without a class, but .*prepare.py shapes --things 1"):
+        open_shards(DataConfig(path=str(bare), resolution=32), num_classes=48)
+
+
+def test_missing_text_states(tmp_path):
+    with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
+        writer.add({"captions": ["a"]}, latent=np.zeros((2, 4, 4)))
+    with pytest.raises(ValueError, match=r"data.text_states=true, but .* holds no text states.*--text-states"):
+        open_shards(DataConfig(path=str(tmp_path), resolution=32, text_states=True))
+
+
+def test_verify_can_be_left_to_the_first_process(own_folder):
+    path = own_folder / "00000.tar"
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    config = DataConfig(path=str(own_folder), resolution=32)
+    open_shards(config, verify=False)
+    with pytest.raises(ValueError, match="00000.tar is damaged"):
+        open_shards(config)
