@@ -9,8 +9,8 @@ denoiser with some tensors left at their start still draws, only badly.
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
@@ -84,9 +84,8 @@ def plain_name(key: str) -> str:
 def write_config(config: ModelConfig, folder: Path) -> None:
     """Write config.json with the name of the network's class."""
     described = {"_class_name": type(config).__name__.removesuffix("Config"), **asdict(config)}
-    partial = folder / f"config.json.{os.getpid()}.tmp"
-    partial.write_text(json.dumps(described, indent=2) + "\n")
-    _publish(partial, folder / "config.json")
+    with _appearing(folder / "config.json") as partial:
+        partial.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -109,13 +108,11 @@ def read_config(folder: Path) -> ModelConfig:
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None:
     """Write `folder`/`name`.safetensors at once or not at all; tensors of any device, none sharing memory."""
-    partial = folder / f"{name}.safetensors.{os.getpid()}.tmp"
-    fresh = folder / f"{name}.safetensors.{os.getpid()}.mode"
-    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, {"format": "pt"})
-    fresh.touch()  # safetensors makes files only their owner may read; a plain new file has what the umask allows
-    shutil.copymode(fresh, partial)
-    fresh.unlink()
-    _publish(partial, folder / f"{name}.safetensors")
+    with _appearing(folder / f"{name}.safetensors") as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the umask grants; safetensors would let the owner alone read
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, {"format": "pt"})
+        partial.chmod(mode)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -136,10 +133,17 @@ def locate(path: str | Path) -> str:
     return str(path) if Path(path).exists() or not below.exists() else str(below)
 
 
-def _publish(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when all has gone well and vanishes otherwise."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _first(names: list[str], count: int = 10) -> str:

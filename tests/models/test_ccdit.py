@@ -143,6 +143,14 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
+def test_forward_waits_for_no_value():
+    """A meta tensor has none to give: any transfer to the host would raise."""
+    x, t = (part.to("meta") for part in inputs(height=4))
+    model = CCDiTConfig(**TINY).build().double().to("meta")
+    label = torch.zeros(3, dtype=torch.int64, device="meta")
+    assert model(x, t, Cond(class_id=label)).shape == x.shape
+
+
 def test_compiles_in_one_graph():
     model = stirred(CCDiTConfig(**TINY).build())
     x, t = (part.float() for part in inputs())

@@ -163,6 +163,13 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
+def test_forward_waits_for_no_value():
+    """A meta tensor has none to give: any transfer to the host would raise."""
+    x, t, text, mask = (part.to("meta") for part in inputs())
+    model = PixArtConfig(**TINY).build().double().to("meta")
+    assert model(x, t, Cond(text=text, text_mask=mask)).shape == x.shape
+
+
 def test_compiles_in_one_graph():
     model = stirred(PixArtConfig(**TINY).build())
     x, t, text, mask = inputs()
