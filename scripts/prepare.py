@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,4 +108,6 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 if __name__ == "__main__":
+    # Python put scripts/ here, where `import prepare` would find this very file and not the package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     main()

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +209,31 @@ def test_command_ends_errors_with_one_sentence(fakes, tmp_path, monkeypatch):
     prepare.main(["shapes", "--resolution", "32", "--images", "4", "--overwrite"])
     with pytest.raises(SystemExit, match="images=0 must be at least 1"):
         prepare.main(["shapes", "--images", "0"])
+
+
+@pytest.mark.skipif(not Path("assets/shapes/vae").exists(), reason="needs the embedded autoencoder")
+def test_script_with_the_real_autoencoder(tmp_path):
+    """Run as a file, as users do: from its own folder, `prepare` must still be the package."""
+    from models.autoencoder import AutoencoderConfig
+
+    command = [
+        sys.executable,
+        "scripts/prepare.py",
+        "shapes",
+        "--out",
+        tmp_path,
+        "--resolution",
+        "64",
+        "--images",
+        "64",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reader = ShardReader(tmp_path, verify=True)
+    vae = AutoencoderConfig(path="assets/shapes").build()
+    pictures = vae.decode(torch.from_numpy(reader.array("latent", np.arange(64), np.float32)))
+    pictures = ((pictures + 1) / 2).permute(0, 2, 3, 1).numpy()
+    right = [shapes.score(shapes.scene(0, i), shapes.read(picture))["all"] for i, picture in enumerate(pictures)]
+    assert np.mean(right) > 0.95  # what is stored still shows what its caption says
+    assert np.abs(reader.index["latent_mean"]).max() < 1
+    assert 0.5 < np.mean(reader.index["latent_std"]) < 2
