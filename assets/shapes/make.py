@@ -1,0 +1,231 @@
+"""Trains the small frozen parts that stand beside this file, on captioned shapes.
+
+    python assets/shapes/make.py vae  [--steps 16000]    an AutoencoderKL, f = 8
+    python assets/shapes/make.py text [--steps 3000]     two CLIP text encoders and their tokenizer
+
+Both are ordinary diffusers and transformers classes in their ordinary folder layout, so the code that loads
+them is the code that loads SDXL's. They see the training split alone: the held-out pairs stay unseen.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data import shapes
+
+HERE = Path(__file__).parent
+
+
+# --- the autoencoder --------------------------------------------------------------------------------------
+
+
+def new_vae() -> AutoencoderKL:
+    """1.7 M parameters, 8 latent channels, no attention: what it learns holds at every resolution."""
+    channels = (16, 32, 64, 96)
+    return AutoencoderKL(
+        latent_channels=8,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=1,
+        norm_num_groups=2,  # small groups normalise a plain picture's colour away
+        mid_block_add_attention=False,
+        sample_size=128,
+        scaling_factor=1.0,
+    )
+
+
+def pictures(seed: int, indices, resolution: int) -> torch.Tensor:
+    """Scenes of the training split as (n, 3, resolution, resolution) in [-1, 1]."""
+    stack = np.stack([shapes.render(shapes.scene(seed, int(i)), resolution) for i in indices])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def crop(pictures: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """One window of `size` for the whole batch, anywhere."""
+    top, left = torch.randint(pictures.shape[-1] - size + 1, (2,), generator=generator).tolist()
+    return pictures[..., top : top + size, left : left + size]
+
+
+def train_vae(steps: int, batch: int = 8, lr: float = 1.2e-3, kl_weight: float = 1e-4) -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    vae = new_vae().to(memory_format=torch.channels_last)
+    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.997))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    cosine = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
+    start = time.time()
+    for step in range(steps):
+        indices = range(step * batch, (step + 1) * batch)
+        # two batches in five are windows of the large pictures, at the cost of small ones
+        x = crop(pictures(0, indices, 128), 64, generator) if step % 5 in (1, 3) else pictures(0, indices, 64)
+        posterior = vae.encode(x).latent_dist
+        warm = min(1.0, 10 * step / steps)  # noise and prior come late: at first they would drown the shapes
+        decoded = vae.decode(posterior.sample(generator) if warm == 1.0 else posterior.mean).sample
+        edges = sum((torch.diff(decoded, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (-1, -2))
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        plain = x.flatten(2).median(-1).values[..., None, None]
+        weight = 1 + 3 * ((x - plain).abs().amax(1, keepdim=True) > 0.1)  # shapes cover a tenth of the picture
+        error = decoded - x
+        pixels = (weight * (error.abs() + 2 * error.square())).mean()
+        loss = pixels + edges + warm * kl_weight * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        cosine.step()
+        if step >= 200:
+            average.update_parameters(vae)
+        if step % 200 == 0:
+            print(f"step {step} loss {loss.item():.4f} pixels {pixels.item():.4f} kl {kl.item():.2f} seconds {time.time() - start:.0f}", flush=True)
+        if (step + 1) % 4000 == 0 or step + 1 == steps:
+            save_vae(average.module, scenes=1000 if step + 1 == steps else 100)
+
+
+@torch.no_grad()
+def save_vae(vae: AutoencoderKL, scenes: int) -> None:
+    """Measure the latents' scale and the reader's score of the reconstructions, and write the folder."""
+    latents = vae.encode(pictures(1, range(512), 64)).latent_dist.sample()
+    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    report = {"parameters": sum(p.numel() for p in vae.parameters())}
+    for resolution in (64, 128):
+        report[f"{resolution}px"] = measure_vae(vae, resolution, scenes)
+    print(json.dumps(report), flush=True)
+    vae.save_pretrained(HERE / "vae")
+    (HERE / "vae" / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def measure_vae(vae: AutoencoderKL, resolution: int, scenes: int) -> dict[str, float]:
+    """Reader's accuracy and PSNR on reconstructions, half of them with pairs the training never showed."""
+    right, error = [], []
+    for first in range(0, scenes, 20):
+        truth = [shapes.scene(2, i, held_out=bool(i % 2)) for i in range(first, first + 20)]
+        stack = np.stack([shapes.render(scene, resolution) for scene in truth])
+        x = torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        error.append((decoded - x).square().mean().item() / 4)
+        pictures = (decoded.permute(0, 2, 3, 1).numpy() + 1) / 2
+        right += [shapes.score(*pair)["all"] for pair in zip(truth, map(shapes.read, pictures), strict=True)]
+    return {"readable": float(np.mean(right)), "psnr": float(-10 * np.log10(np.mean(error)))}
+
+
+# --- the text encoders ------------------------------------------------------------------------------------
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 32
+
+
+def train_tokenizer(captions: list[str]) -> None:
+    """A CLIP BPE with every byte in it, so that any prompt can be read, and merges learnt from the captions."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>")
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    words = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges] + [START, END]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    for folder, pad in (("tokenizer", END), ("tokenizer_2", "!")):  # OpenCLIP pads with token 0, CLIP with its end
+        CLIPTokenizer(
+            vocab=vocabulary, merges=merges, bos_token=START, eos_token=END, unk_token=END, pad_token=pad,
+            model_max_length=LENGTH,
+        ).save_pretrained(HERE / folder)  # fmt: skip
+
+
+def new_encoders(vocabulary: int) -> tuple[nn.Module, nn.Module]:
+    """The pair that SDXL joins, small: (CLIP-L-like, OpenCLIP-bigG-like)."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def config(width: int, activation: str) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3,
+            num_attention_heads=width // 32, max_position_embeddings=LENGTH, projection_dim=width,
+            hidden_act=activation, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+        )  # fmt: skip
+
+    return CLIPTextModel(config(64, "quick_gelu")), CLIPTextModelWithProjection(config(128, "gelu"))
+
+
+def new_image_tower(width: int) -> nn.Module:
+    """What the captions are matched with: a small convolution net over 64 px pictures, not kept."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.GELU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.GELU(), nn.Linear(256, width))
+
+
+def train_text(steps: int, batch: int = 128, lr: float = 1e-3) -> None:
+    """Contrastive language-image training (Radford et al. 2021) of both encoders against one image tower each."""
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    train_tokenizer([caption for i in range(4000) for caption in shapes.captions(shapes.scene(0, i), 0, i)])
+    tokenizer = CLIPTokenizer.from_pretrained(HERE / "tokenizer")
+    small, large = new_encoders(len(tokenizer))
+    towers = nn.ModuleList([new_image_tower(64), new_image_tower(128)])
+    temperature = nn.Parameter(torch.tensor(2.5))
+    parameters = [*small.parameters(), *large.parameters(), *towers.parameters(), temperature]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
+    cosine = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+
+    def embeddings(scenes, captions: list[str]) -> list[tuple[Tensor, Tensor]]:
+        ids = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+        stack = np.stack([shapes.render(scene, 64) for scene in scenes])
+        x = torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+        texts = small(ids).pooler_output, large(ids).text_embeds
+        return [(F.normalize(tower(x), dim=-1), F.normalize(text, dim=-1)) for tower, text in zip(towers, texts, strict=True)]
+
+    start = time.time()
+    for step in range(steps):
+        indices = range(step * batch, (step + 1) * batch)
+        scenes = [shapes.scene(0, i) for i in indices]
+        length = [2, 3, 3, 3][step % 4]  # mostly full captions: short ones fit many pictures of a batch
+        captions = [shapes.captions(scene, 0, i)[length] for scene, i in zip(scenes, indices, strict=True)]
+        same = torch.arange(batch)
+        loss = torch.zeros(())
+        for image, text in embeddings(scenes, captions):
+            logits = temperature.exp() * image @ text.T
+            loss = loss + F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        cosine.step()
+        if step % 100 == 0:
+            print(f"step {step} loss {loss.item() / 4:.4f} seconds {time.time() - start:.0f}", flush=True)
+
+    small.eval().save_pretrained(HERE / "text_encoder")
+    large.eval().save_pretrained(HERE / "text_encoder_2")
+    report = {}
+    with torch.no_grad():
+        for split, held_out in (("seen pairs", False), ("held-out pairs", True)):
+            scenes = [shapes.scene(2, i, held_out=held_out) for i in range(256)]
+            found = [
+                (image @ text.T).argmax(1).eq(torch.arange(256)).float().mean().item()
+                for image, text in embeddings(scenes, [shapes.prompt(scene) for scene in scenes])
+            ]
+            report[split] = {"text_encoder": found[0], "text_encoder_2": found[1], "choices": 256}
+    print(json.dumps(report))
+    (HERE / "text_encoder_2" / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("vae", "text"))
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args()
+    if options.part == "vae":
+        train_vae(options.steps or 16_000)
+    else:
+        train_text(options.steps or 3_000)

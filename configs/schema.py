@@ -1,0 +1,165 @@
+"""The one place that meets Hydra: it knows which dataclass each config group is checked against.
+
+Each YAML begins with `- /schema/<group>/<class>@_here_`, so choosing a file chooses the class, and a misspelt key or a
+value of the wrong type is refused while composing. `main` turns the result into plain dataclasses at once; nothing
+below ever sees a DictConfig.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.loader import DataConfig
+from diffusion.objective import ObjectiveConfig
+from inference.pipeline import SamplerConfig
+from models.autoencoder import AutoencoderConfig
+from models.base import ModelConfig
+from models.ccdit import CCDiTConfig
+from models.mmdit import MMDiTConfig
+from models.pixart import PixArtConfig
+from models.text import TextConfig
+from training.config import RunConfig
+from training.metrics import LoggerConfig
+from training.optim import OptimConfig
+
+CONFIGS = Path(__file__).parent
+SCHEMAS = {
+    "data/shards": DataConfig,
+    "model/ccdit": CCDiTConfig,
+    "model/pixart": PixArtConfig,
+    "model/mmdit": MMDiTConfig,
+    "objective/objective": ObjectiveConfig,
+    "sampler/sampler": SamplerConfig,
+    "optim/adamw": OptimConfig,
+    "vae/kl": AutoencoderConfig,
+    "text/clip": TextConfig,
+    "logger/logger": LoggerConfig,
+    "run": RunConfig,
+}
+
+
+def register() -> None:
+    """Put the schemas where the YAMLs look for them."""
+    store = ConfigStore.instance()
+    for path, node in SCHEMAS.items():
+        *group, name = f"schema/{path}".split("/")
+        store.store(group="/".join(group), name=name, node=node)
+
+
+def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[], None]]:
+    """Decorate a function of a `RunConfig` into a command that Hydra composes from the command line."""
+
+    def decorate(task: Callable[[RunConfig], Any]) -> Callable[[], None]:
+        register()
+
+        alone: list[DictConfig] = []
+
+        def composed(cfg: DictConfig) -> None:
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                alone.append(cfg)  # runs below, out of Hydra's hands: it would print about every error
+            elif "WORLD_SIZE" in os.environ:
+                raise ValueError(
+                    "-m (multirun) under torchrun would start every sweep on every rank; run `python ... -m"
+                    " hydra/launcher=...` without torchrun, or sweep over torchrun commands"
+                )
+            else:
+                task(to_run_config(cfg))
+
+        def command() -> None:
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us, and we print one sentence of them
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(composed)()
+                for cfg in alone:
+                    task(to_run_config(cfg))
+            except (ValueError, FloatingPointError, OmegaConfBaseException, HydraException) as error:
+                if os.environ.get("TRIPTYCH_TRACEBACK"):
+                    raise
+                sys.exit(f"error: {explain(error, config_name)}")
+
+        return command
+
+    return decorate
+
+
+def to_run_config(cfg: DictConfig) -> RunConfig:
+    """The plain dataclasses, whose own checks have run."""
+    if missing := OmegaConf.missing_keys(cfg):
+        raise ValueError(f"{', '.join(sorted(missing))} must be given; add {min(missing)}=... to the command")
+    try:
+        made = OmegaConf.to_object(cfg)
+    except AttributeError as error:  # a key added with +, which a dataclass with slots has no room for
+        key = str(error).rpartition("'")[0].rpartition("'")[2]
+        raise ValueError(
+            f"+{key} adds a key that no config has; write it without + and spelt as in training/config.py"
+        ) from error
+    assert isinstance(made, RunConfig)
+    return made
+
+
+def explain(error: BaseException, config_name: str) -> str:
+    """One sentence on what the user wrote and what is possible instead."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    for cause in causes:
+        if type(cause) in (ValueError, FloatingPointError):
+            return str(cause)
+    text = " ".join(" ".join(str(cause).split()) for cause in causes)
+    if missed := re.search(r"Could not override '([^']+)'", text):
+        known = keys(compose_raw(config_name, []))
+        near = difflib.get_close_matches(missed[1], known, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted({k.split('.')[0] for k in known}))}"
+        return f"{missed[1]} is not a key of {config_name}; {advice}"
+    if wrong := re.search(r"Error merging override (\S+).*Invalid value .*expected one of \[([^\]]+)\]", text):
+        return f"{wrong[1]} is not a choice; choose one of {wrong[2]}"
+    if wrong := re.search(r"Error merging override (\S+) (.*?)(?: full_key|$)", text):
+        return f"{wrong[1]} does not fit: {wrong[2]}"
+    if wrong := re.search(r"Could not find '(\w+)/([^']+)' Available options in '\w+': (.*?) Config search", text):
+        return f"{wrong[1]}={wrong[2]} is not a choice; choose one of {', '.join(wrong[3].split())}"
+    if wrong := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{wrong[1]} has no value; give {wrong[1]}=..."
+    return text
+
+
+def keys(cfg: DictConfig) -> list[str]:
+    """Every dotted key of a config."""
+    found = []
+    for key in cfg:
+        below = None if OmegaConf.is_missing(cfg, key) else cfg._get_node(key)
+        found.append(str(key))
+        if isinstance(below, DictConfig) and not below._is_none():
+            found += [f"{key}.{deeper}" for deeper in keys(below)]
+    return found
+
+
+def compose_raw(config_name: str, overrides: list[str]) -> DictConfig:
+    """What Hydra makes of a config name and overrides, from code."""
+    register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        return hydra.compose(config_name=config_name, overrides=overrides)
+
+
+def compose(config_name: str, overrides: list[str]) -> RunConfig:
+    """A whole run's config, as the command line would compose it."""
+    return to_run_config(compose_raw(config_name, overrides))
+
+
+def compose_model(name: str, overrides: list[str] | None = None) -> ModelConfig:
+    """The config of `configs/model/<name>.yaml`, with overrides such as `model.depth=4`."""
+    made = OmegaConf.to_object(compose_raw("train", [f"model={name}", "name=model", *(overrides or [])]).model)
+    assert isinstance(made, ModelConfig)
+    return made

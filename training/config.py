@@ -1,0 +1,135 @@
+"""What a run is made of. Every key of every YAML is a field of one of these dataclasses, or an error.
+
+Clocks (`every`, `images`, `warmup`) count images, not steps: they survive a change of batch or world size.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from data.loader import DataConfig
+from diffusion.objective import ObjectiveConfig
+from inference.pipeline import SamplerConfig
+from models.autoencoder import AutoencoderConfig
+from models.base import ModelConfig
+from models.text import TextConfig
+from training.checkpoint import CheckpointConfig
+from training.ema import EMAConfig
+from training.metrics import LoggerConfig
+from training.optim import OptimConfig
+
+
+class Precision(Enum):
+    """How the forward pass computes; weights, optimizer and EMA are float32 in every case."""
+
+    auto = "auto"  # bf16 where the accelerator has it, else fp32
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    """Length, batch and the make of a step."""
+
+    images: int = 1_000_000  # length of the run
+    stop_at: int | None = None  # leave after a save once this many images were seen: a run in instalments
+    batch_size: int = 256  # global: over all ranks and micro-batches
+    micro_batch: int | None = None  # images a rank passes at once; None: its whole share
+    log_every: int = 10_000
+    text_dropout: float = 0.1  # share of images whose condition is replaced by the null
+    precision: Precision = Precision.auto
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    max_skipped: int = 50  # updates dropped for a non-finite gradient before the run gives up
+
+    def __post_init__(self):
+        if self.images <= 0 or self.batch_size <= 0:
+            raise ValueError(
+                f"train.images={self.images} and train.batch_size={self.batch_size} must be positive; choose larger ones"
+            )
+        if not 0 <= self.text_dropout <= 1:
+            raise ValueError(f"train.text_dropout={self.text_dropout} is a share; choose one between 0 and 1")
+
+    def micro_batch_of(self, world: int) -> int:
+        """Images a rank passes at once, after checking that everything divides."""
+        share, rest = divmod(self.batch_size, world)
+        if rest:
+            raise ValueError(
+                f"train.batch_size={self.batch_size} is the global batch and must be divisible by the {world} ranks;"
+                f" choose {share * world or world} or {(share + 1) * world}"
+            )
+        micro = self.micro_batch or share
+        if share % micro:
+            fits = [n for n in range(1, share + 1) if share % n == 0]
+            raise ValueError(
+                f"train.micro_batch={micro} must divide a rank's share of {share} images; choose one of {fits}"
+            )
+        return micro
+
+
+@dataclass(slots=True, kw_only=True)
+class SampleConfig:
+    """The grid of pictures made at fixed seeds while training."""
+
+    every: int = 100_000
+    first: int = 10_000  # the first grid comes early, to show that all is well
+    prompts: list[str] = field(default_factory=list)  # empty: taken from the data
+    count: int = 8
+    seed: int = 1
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """The exam at the end of a run, where the data has one."""
+
+    count: int = 0  # prompts of each kind; 0: none
+    batch: int = 50
+    seed: int = 1234
+
+
+INIT_KEYS = {
+    "from": "a run folder, checkpoint or pipeline whose weights to start from",
+    "mode": "anchor or mean: how per-block modulation becomes shared modulation",
+    "weights": "ema or model: which of its weights",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """A whole run. `name` names its folder, outputs/<name>, and the same command continues it."""
+
+    name: str
+    seed: int = 0
+    outputs: str = "outputs"
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    sampler: SamplerConfig
+    optim: OptimConfig
+    vae: AutoencoderConfig
+    text: TextConfig | None = None
+    logger: LoggerConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    # a dict, because `from` cannot be the name of a field; its keys are checked below
+    init: dict[str, Any] = field(default_factory=lambda: {"from": None, "mode": "anchor", "weights": "ema"})
+
+    def __post_init__(self):
+        for key in self.init.keys() - INIT_KEYS.keys():
+            raise ValueError(f"init.{key} is not a key; choose one of {', '.join(f'init.{k}' for k in INIT_KEYS)}")
+        for key, choices in (("mode", ("anchor", "mean")), ("weights", ("ema", "model"))):
+            if self.init[key] not in choices:
+                raise ValueError(f"init.{key}={self.init[key]} is not a choice; choose one of {', '.join(choices)}")
+        if self.model.condition == "text" and self.text is None:
+            raise ValueError(
+                f"model={type(self.model).__name__} reads text, but text=none gives no encoders; choose text=shapes or text=sdxl"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.outputs) / self.name

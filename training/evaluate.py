@@ -1,0 +1,86 @@
+"""Pictures at fixed seeds while training, and the exam at the end; both through the one pipeline, with EMA weights."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data import shapes
+from inference.pipeline import Pipeline
+from training.config import RunConfig
+
+
+@dataclass(slots=True)
+class Subjects:
+    """What the sample grid shows: prompts or class labels, and a caption for each."""
+
+    captions: list[str]
+    class_ids: list[int] | None
+
+
+def subjects(cfg: RunConfig, captions: list[str]) -> Subjects:
+    """From `sample.prompts`, else from the data's exam, else the first `captions` of the data itself."""
+    count = cfg.sample.count
+    if cfg.model.condition == "class":
+        known = [shapes.PAIRS.index(pair) for pair in shapes.TRAIN_PAIRS]
+        if cfg.data.exam == "shapes":
+            ids = [known[round(i * (len(known) - 1) / max(1, count - 1))] for i in range(count)]
+            return Subjects([" ".join(shapes.PAIRS[i]) for i in ids], ids)
+        return Subjects([f"class {i}" for i in range(count)], list(range(count)))
+    if cfg.sample.prompts:
+        return Subjects(cfg.sample.prompts[:count], None)
+    if cfg.data.exam == "shapes":
+        asked = [
+            shapes.exam(cfg.sample.seed, count, things)[i] for i, things in zip(range(count), (1, 2) * count, strict=False)
+        ]
+        return Subjects([shapes.prompt(scene) for scene in asked], None)
+    return Subjects(captions[:count], None)
+
+
+def draw_grid(pipeline: Pipeline, what: Subjects, seed: int, path: Path, columns: int = 4) -> dict[str, Any]:
+    """Draw the subjects at fixed seeds into one PNG; returns the record for metrics.jsonl."""
+    pictures = _draw(pipeline, what.captions, what.class_ids, [seed + i for i in range(len(what.captions))])
+    blank = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
+    tiles = np.concatenate([pictures, blank])
+    rows = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    Image.fromarray(np.concatenate(rows)).save(aside, format="PNG")
+    aside.rename(path)
+    return {"prompts": what.captions, "columns": columns, "tile": pictures.shape[1]}
+
+
+def take_exam(pipeline: Pipeline, cfg: RunConfig) -> dict[str, Any]:
+    """Prompt accuracy on held-out pairs, or class accuracy on trained ones, by the reader."""
+    start, count, seed = time.time(), cfg.evaluate.count, cfg.evaluate.seed
+    seeds = [seed + i for i in range(count)]
+    if cfg.model.condition == "class":
+        known = [shapes.PAIRS.index(pair) for pair in shapes.TRAIN_PAIRS]
+        ids = [known[i % len(known)] for i in range(count)]
+        pictures = _draw(pipeline, None, ids, seeds, cfg.evaluate.batch)
+        result: dict[str, Any] = {"class_accuracy": shapes.mark_classes(ids, pictures)}
+    else:
+        one, two = (
+            shapes.mark(scenes, _draw(pipeline, [shapes.prompt(s) for s in scenes], None, seeds, cfg.evaluate.batch))
+            for scenes in (shapes.exam(seed, count, 1), shapes.exam(seed, count, 2))
+        )
+        result = _named(one) | {"two_objects": _named(two)}
+    return result | {"count": count, "seconds": time.time() - start}
+
+
+def _named(marks: dict[str, float]) -> dict[str, Any]:
+    return {"prompt_accuracy": marks["all"], "attributes": {k: v for k, v in marks.items() if k != "all"}}
+
+
+def _draw(
+    pipeline: Pipeline, prompts: list[str] | None, class_ids: list[int] | None, seeds: list[int], batch: int = 50
+) -> np.ndarray:
+    parts = []
+    for i in range(0, len(seeds), batch):
+        ids = None if class_ids is None else class_ids[i : i + batch]
+        asked = None if class_ids is not None or prompts is None else prompts[i : i + batch]
+        parts.append(pipeline.generate(asked, class_ids=ids, seeds=seeds[i : i + batch]))
+    return np.concatenate(parts)

@@ -1,0 +1,241 @@
+"""A training run, top to bottom. Stages differ in the values of the config, never in this file.
+
+    batch -> losses -> backward (once per optimizer step over all ranks) -> clip, step -> EMA -> log, draw, save
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from data.loader import Batch, loader, open_shards
+from data.shards import ShardReader
+from diffusion.objective import Objective
+from inference.pipeline import Description, Pipeline, plain
+from models.text import Conditioner
+from training.checkpoint import TrainState, resume, save_checkpoint
+from training.config import Precision, RunConfig
+from training.distributed import Ranks, session
+from training.ema import EMA
+from training.evaluate import draw_grid, subjects, take_exam
+from training.metrics import Journal, LossSums, peak_rss_mb
+from training.optim import build_optimizer, guarded_step, learning_rate
+from training.origin import inherit
+from training.step import condition, losses
+
+
+def run(cfg: RunConfig) -> dict[str, Any]:
+    """Train as `cfg` says, or go on from where the same command stopped; returns the exam's result.
+
+    May be called repeatedly in one process. Raises ValueError before anything is built if the config cannot work.
+    """
+    with session() as ranks:
+        return _run(cfg, ranks)
+
+
+def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    micro_batch = cfg.train.micro_batch_of(ranks.world)
+    reader = open_data(cfg, ranks)
+    plain_config = described(cfg)
+
+    torch.manual_seed(cfg.seed)
+    text = cfg.text.build().to(ranks.device) if cfg.text and cfg.model.condition == "text" else None
+    check_text(cfg, text)
+    autoencoder = cfg.vae.build().to(ranks.device)
+    check_autoencoder(cfg, reader, autoencoder.info()["id"])
+    conditioner = Conditioner(text, getattr(cfg.model, "num_classes", None))
+    denoiser = cfg.model.build().to(ranks.device)
+    denoiser.gradient_checkpointing = cfg.train.gradient_checkpointing
+    objective = Objective(cfg.objective)
+    description = Description(
+        objective=cfg.objective,
+        sampler=cfg.sampler,
+        vae=cfg.vae,
+        text=cfg.text if text else None,
+        resolution=cfg.data.resolution,
+        num_classes=conditioner.num_classes,
+    )
+
+    checkpoints = cfg.folder / "checkpoints"
+    say = print if ranks.main else lambda _: None
+    optimizer, ema = build_optimizer(denoiser, cfg.optim), EMA(denoiser, cfg.ema)
+    state = resume(checkpoints, denoiser, ema.module, optimizer, plain_config, say)
+    if state:
+        say(f"{cfg.name} continues from {state.images_seen:,} images")
+    else:
+        state = TrainState()
+        if cfg.init["from"]:
+            inherit(denoiser, cfg.init, description, say)
+            ema = EMA(denoiser, cfg.ema)
+        else:
+            say(f"{cfg.name} starts from scratch")
+    say(f"{sum(p.numel() for p in denoiser.parameters()):,} parameters, {len(reader):,} records, {ranks.world} ranks")
+
+    if ranks.main:
+        cfg.folder.mkdir(parents=True, exist_ok=True)
+        (cfg.folder / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False))
+    journal = Journal(cfg.folder, cfg.logger, ranks, cfg.name, cfg.train.images, state.images_seen)
+    pipeline = Pipeline(ema.module, conditioner, autoencoder, description, ranks.device)
+    shown = subjects(cfg, [caption for row in range(min(len(reader), cfg.sample.count)) for caption in captions_of(reader, row)])
+
+    def save() -> None:
+        if ranks.main:
+            save_checkpoint(
+                checkpoints, state, denoiser, ema.module, optimizer, description, plain_config, cfg.checkpoint.keep
+            )
+        ranks.barrier()
+
+    def draw() -> None:
+        if ranks.main:
+            path = f"samples/{state.images_seen:09d}.png"
+            journal.write("sample", state.images_seen, {"path": path} | draw_grid(pipeline, shown, cfg.sample.seed, cfg.folder / path))
+        ranks.barrier()
+
+    wrapped = ranks.wrap(torch.compile(denoiser) if cfg.train.compile else denoiser)
+    free = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    autocast = precision(cfg.train.precision, ranks.device)
+    share = cfg.train.batch_size // ranks.world
+    sums, clock, logged_at = LossSums(ranks.device), time.perf_counter(), state.images_seen
+    stop = min(cfg.train.images, cfg.train.stop_at or cfg.train.images)
+    batches = iter(
+        loader(
+            cfg.data, reader, cfg.seed, start=state.images_seen, stop=stop,
+            batch_size=cfg.train.batch_size, micro_batch=micro_batch, rank=ranks.rank, world=ranks.world,
+        )
+    )  # fmt: skip
+
+    while state.images_seen < stop:
+        before, state.images_seen = state.images_seen, state.images_seen + cfg.train.batch_size
+        for batch, last in with_last(islice(batches, share // micro_batch)):
+            batch = batch.to(ranks.device)
+            with synchronised(wrapped, last):  # the forward too: gradients are reduced once a step
+                with autocast:
+                    cond = condition(batch, conditioner, cfg.train.text_dropout, cfg.seed, ranks.device)
+                    weighted, unweighted, t = losses(
+                        wrapped, objective, batch.latents, cond, batch.positions, cfg.seed
+                    )
+                (weighted.sum() / share).backward()
+            sums.add_losses(weighted.detach(), unweighted, t)
+        lr = learning_rate(cfg.optim, state.images_seen, cfg.train.images)
+        sums.add_step(*guarded_step(optimizer, free, lr, cfg.optim.clip))
+        ema.update(denoiser, state.images_seen, cfg.train.batch_size)
+        state.step += 1
+        journal.advance(cfg.train.batch_size)
+
+        def due(every: int, first: int | None = None, before: int = before) -> bool:
+            passed = before // every < state.images_seen // every
+            return passed or (first is not None and before < first <= state.images_seen)
+
+        finished, leaving = state.images_seen >= stop, ranks.leaving()
+        if due(cfg.train.log_every) or finished or leaving:
+            now = time.perf_counter()
+            values = sums.read(ranks)
+            state.seconds += now - clock
+            state.skipped += values["skipped"]
+            rate = (state.images_seen - logged_at) / max(now - clock, 1e-9)
+            about = {"step": state.step, "lr": lr, "images_per_s": rate, "seconds": state.seconds, "rss_mb": peak_rss_mb()}
+            journal.write("train", state.images_seen, values | about)
+            clock, logged_at = now, state.images_seen
+            if state.skipped > cfg.train.max_skipped:
+                raise FloatingPointError(
+                    f"{state.skipped} updates had a gradient that is not finite, more than"
+                    f" train.max_skipped={cfg.train.max_skipped}; lower optim.lr and start the same command again:"
+                    f" it continues from the newest checkpoint in {checkpoints}"
+                )
+        if due(cfg.sample.every, cfg.sample.first) or finished:
+            draw()
+        if due(cfg.checkpoint.every) or finished or leaving:
+            save()
+        if leaving:
+            journal.say(f"{cfg.name} was asked to stop; the same command continues from {state.images_seen:,} images")
+            break
+
+    result: dict[str, Any] = {}
+    if state.images_seen >= cfg.train.images and ranks.main and cfg.evaluate.count and cfg.data.exam:
+        path = cfg.folder / "evaluation.json"
+        result = take_exam(pipeline, cfg)
+        journal.write("eval", state.images_seen, result)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    journal.close()
+    ranks.barrier()
+    return result
+
+
+def open_data(cfg: RunConfig, ranks: Ranks) -> ShardReader:
+    """The shards, after checking that this model can read them; nothing has been built yet."""
+    num_classes = getattr(cfg.model, "num_classes", None)
+    reader = open_shards(cfg.data, num_classes=num_classes, verify=cfg.data.verify and ranks.main)
+    vae = reader.index["vae"]
+    unit = vae["factor"] * cfg.model.patch_size
+    if cfg.data.resolution % unit:
+        raise ValueError(
+            f"data.resolution={cfg.data.resolution} must be a multiple of {unit}, the autoencoder's factor"
+            f" {vae['factor']} times model.patch_size={cfg.model.patch_size};"
+            f" choose {max(unit, cfg.data.resolution // unit * unit)}"
+        )
+    if cfg.model.in_channels != vae["channels"]:
+        raise ValueError(
+            f"model.in_channels={cfg.model.in_channels}, but the latents of {cfg.data.path} have"
+            f" {vae['channels']} channels; give model.in_channels={vae['channels']}"
+        )
+    return reader
+
+
+def check_autoencoder(cfg: RunConfig, reader: ShardReader, digest: str) -> None:
+    """Refuse to decode with another autoencoder than the one that encoded."""
+    if digest != reader.index["vae"]["id"]:
+        raise ValueError(
+            f"vae.path={cfg.vae.path} has the digest {digest}, but the latents of {cfg.data.path} were made with"
+            f" {reader.index['vae']['path']}, digest {reader.index['vae']['id']}; give that one or prepare the data again"
+        )
+
+
+def check_text(cfg: RunConfig, text: Any) -> None:
+    """Refuse encoders of another width than the denoiser reads."""
+    for key, width in (("text_dim", "width"), ("pooled_dim", "pooled_width")):
+        wanted = getattr(cfg.model, key, None)
+        if text is not None and wanted is not None and wanted != getattr(text, width):
+            raise ValueError(
+                f"model.{key}={wanted}, but the encoders of text.path={cfg.text and cfg.text.path} give"
+                f" {getattr(text, width)}; give model.{key}={getattr(text, width)}"
+            )
+
+
+def captions_of(reader: ShardReader, row: int) -> list[str]:
+    """The longest caption of a record, as a list of one or none."""
+    return sorted(reader.record(row).get("captions", []), key=len)[-1:]
+
+
+def described(cfg: RunConfig) -> dict[str, Any]:
+    """The whole config as what YAML and JSON know, with the class of the model named."""
+    return plain(cfg) | {"model": {"_class_name": type(cfg.model).__name__.removesuffix("Config"), **plain(cfg.model)}}
+
+
+def precision(wanted: Precision, device: torch.device) -> AbstractContextManager:
+    """Autocast to bf16 where asked for, or where the accelerator is good at it."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if wanted is Precision.bf16 or (wanted is Precision.auto and able):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def synchronised(module: nn.Module, last: bool) -> AbstractContextManager:
+    """Keep DDP from reducing gradients before the last micro-batch of a step."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()
+
+
+def with_last(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether it is the last."""
+    batch = next(batches)
+    for following in batches:
+        yield batch, False
+        batch = following
+    yield batch, True
