@@ -26,21 +26,19 @@ if ! suits .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>
 fi
 
 total=$(grep -c '^[^#].*==' requirements.lock)
-progress() { # pip's log -> one line that fills up; a plain list where the output is no terminal
-    local count=0 word name rest
-    while read -r word name rest; do
+progress() { # pip's log -> one line that fills up; nothing where the output is no terminal
+    local count=0 word what filled
+    while read -r word what; do
         case $word in
-            Collecting | Requirement) count=$((count < total ? count + 1 : total)) ;;
-            Downloading | Installing) ;;
+            Collecting) what="finding $what" ;;
+            Requirement) what="there already: ${what#already satisfied: }" ;;
+            Downloading) what="downloading ${what##*/}" ;;
+            Installing) what="unpacking" ;;
             *) continue ;;
         esac
-        [[ $word == Requirement ]] && name=${rest%% *}
-        [[ $word == Installing ]] && name="all of them"
-        [[ $word == Downloading ]] && name="${name##*/}" && name="${name%%-*} ${rest}"
-        [[ -t 1 ]] || continue
-        local filled=$((30 * count / total))
-        printf '\r\033[K[%-30s] %d/%d %s %s' "$(printf '%*s' "$filled" '' | tr ' ' '#')" "$count" "$total" \
-            "${word,,}" "${name::50}"
+        if [[ $word == [CR]* && $count -lt $total ]]; then count=$((count + 1)); fi
+        filled=$(printf '%*s' $((30 * count / total)) '')
+        if [[ -t 1 ]]; then printf '\r\033[K[%-30s] %d/%d %.60s' "${filled// /#}" "$count" "$total" "$what"; fi
     done
     if [[ -t 1 ]]; then printf '\r\033[K'; fi
 }
