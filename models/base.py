@@ -12,6 +12,7 @@ and returns (b, c, h, w). It carries `.config`, the dataclass that built it, and
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,8 @@ class ModelConfig:
     A subclass's `__post_init__` calls its parent's by name: `super()` without arguments does not work in a class that
     `slots=True` has rebuilt.
     """
+
+    condition: ClassVar[str] = "text"  # or "class": what there must be in a `Cond`
 
     in_channels: int = 4
     patch_size: int = 2

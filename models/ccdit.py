@@ -11,6 +11,7 @@ modulation of PixArt in closed form.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from models.layers import (
 @dataclass(slots=True, kw_only=True)
 class CCDiTConfig(TransformerConfig):
     """DiT-XL/2 for ImageNet at 256 px, without the learnt variance. The null class is row `num_classes`."""
+
+    condition: ClassVar[str] = "class"
 
     num_classes: int = 1000
 

@@ -87,6 +87,13 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm in the dtype of its input: under autocast a float32 weight would bar the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one linear for query, key and value.
 
@@ -97,15 +104,15 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.q_norm = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
-        self.k_norm = nn.RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
+        self.q_norm = RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
+        self.k_norm = RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
         self.out = nn.Linear(hidden, hidden) if project else None
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values: (b, n, hidden) -> 3 x (b, n, heads, d)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,8 +175,9 @@ class PatchTransformer(nn.Module):
             )
         x = self.patch_embed(x)
         grid = (x.shape[2], x.shape[3])
+        dtype = self.patch_embed.weight.dtype  # float32 under autocast: the residual stream keeps its precision
         place = positions(
-            grid, config.base_size // p, config.hidden, config.positions, self.table_size, x.device, x.dtype
+            grid, config.base_size // p, config.hidden, config.positions, self.table_size, x.device, dtype
         )
         return place + x.flatten(2).mT  # `place` first: the sum takes its memory order, and all that follows too
 

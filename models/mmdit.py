@@ -130,8 +130,8 @@ class MMDiT(PatchTransformer):
                 f"model.pooled_dim={self.config.pooled_dim} but cond.pooled is {width}; "
                 "give the pooled text vector that the model was made for, or set pooled_dim"
             )
-        text = self.text_embed(text)  # b m hidden
         image = self.tokens(x_t)  # b n hidden
+        text = self.text_embed(text).to(image.dtype)  # b m hidden
         c = F.silu(self.embed_time(t) + self.pooled_mlp(cond.pooled))  # b hidden
         mask = cond.text_mask  # b m; as keys b 1 1 m+n, all of the picture being open
         mask = None if mask is None else F.pad(mask, (0, image.shape[1]), value=True)[:, None, None]

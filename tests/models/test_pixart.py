@@ -163,6 +163,18 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
+def test_residual_stream_stays_float32_under_autocast():
+    x, t, text, mask = (part.float() if part.is_floating_point() else part for part in inputs())
+    model = stirred(PixArtConfig(**TINY, qk_norm=True).build())
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x, t, Cond(text=text, text_mask=mask)).float().square().mean().backward()
+    assert {part.dtype for out in seen for part in (out if isinstance(out, tuple) else [out])} == {torch.float32}
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
 def test_forward_waits_for_no_value():
     """A meta tensor has none to give: any transfer to the host would raise."""
     x, t, text, mask = (part.to("meta") for part in inputs())
