@@ -75,11 +75,16 @@ class Account:
     def summary(self) -> list[str]:
         """One line a kind, with counts and what it comprises, and the notes."""
         lines = [self.title]
+        owners = {(part, entry.kind) for entry in self.entries for part in _parts(entry.name)}
+        shared = {part for part, kind in owners if any((part, other) in owners for other in KINDS if other != kind)}
         for kind in KINDS:
             these = [entry for entry in self.entries if entry.kind == kind]
             if these:
                 count = sum(entry.parameters for entry in these)
-                parts = dict.fromkeys(_part(entry.name) for entry in these)
+                # the shortest name that is all of this kind
+                parts = dict.fromkeys(
+                    next((part for part in _parts(entry.name) if part not in shared), entry.name) for entry in these
+                )
                 lines.append(f"{kind:<12} {len(these):>4} tensors {count:>13,} parameters  {', '.join(parts)}")
         return lines + [f"note: {note}" for note in self.notes]
 
@@ -187,7 +192,8 @@ def shared_modulation(source: CCDiT, target: PixArt, mode: str, anchor: float) -
     """PixArt's shared linear and tables, and the null class in its time MLP."""
     times = torch.tensor([anchor], dtype=torch.float64) if mode == "anchor" else GRID
     time = null_time(source, times)
-    mean_h, linears = F.silu(time).mean(0), [block.modulation for block in source.blocks]
+    mean_h = F.silu(time).mean(0)
+    linears: list[Any] = [block.modulation for block in source.blocks]
     shared = linears[:1] if mode == "anchor" else linears
     weight, bias = _mean([linear.weight for linear in shared]), _mean([linear.bias for linear in shared])
     made_of, kind = range(len(shared)), "copied" if mode == "anchor" else "folded"
@@ -227,7 +233,7 @@ def silent_text(source: CCDiT, target: MMDiT) -> dict[str, Piece]:
 
 def null_class(source: CCDiT) -> dict[str, Piece]:
     """The time MLP's last bias with the null class added."""
-    folded = source.time_mlp.fc2.bias.double() + source.class_embedding.weight[-1].double()
+    folded = source.time_mlp.fc2.bias.cpu().double() + source.class_embedding.weight[-1].cpu().double()
     return {"time_mlp.fc2.bias": Piece("folded", folded, ["time_mlp.fc2.bias", "class_embedding.weight"])}
 
 
@@ -269,8 +275,9 @@ def modulations(denoiser: nn.Module, times: Tensor) -> dict[str, Tensor]:
     if isinstance(denoiser, PixArt):
         time = null_time(denoiser, times)
         m = _affine(denoiser.modulation, F.silu(time))
-        made = {f"blocks.{i}": m + block.table.flatten().cpu().double() for i, block in enumerate(denoiser.blocks)}
-        return made | {"final": time.repeat(1, 2) + denoiser.final.table.flatten().cpu().double()}
+        parts: dict[str, Any] = dict(denoiser.named_modules())
+        tables = {name: part.table.flatten().cpu().double() for name, part in parts.items() if hasattr(part, "table")}
+        return {name: (time.repeat(1, 2) if name == "final" else m) + table for name, table in tables.items()}
     raise ValueError(f"{type(denoiser).__name__} has no modulation to decompose; give a CCDiT or a PixArt")
 
 
@@ -343,7 +350,8 @@ def _config(denoiser: nn.Module) -> Any:
     return unwrap(denoiser).config
 
 
-def _part(name: str) -> str:
-    """`blocks.3.attn.qkv.weight` -> `blocks.*.attn`: short enough to list."""
-    stem = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight").removesuffix(".bias"))
-    return ".".join(stem.split(".")[:3])
+def _parts(name: str) -> list[str]:
+    """Ever longer: `blocks.3.attn.qkv.weight` -> `blocks.*.attn`, `blocks.*.attn.qkv`, `blocks.*.attn.qkv.weight`."""
+    full = re.sub(r"\.\d+\.", ".*.", name)
+    stem = full.removesuffix(".weight").removesuffix(".bias")
+    return [".".join(stem.split(".")[:3]), stem, full]

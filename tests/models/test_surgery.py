@@ -235,6 +235,15 @@ def test_image_stream_of_mmdit_is_the_ccdit_but_for_the_share_of_the_text():
     assert gap(source, target, Cond(), text, TIMES, (2, 4, 8, 8)).max() < 1e-12
 
 
+def test_summary_names_parts_by_what_became_of_them():
+    lines = transfer(CCDIT.build(), PIXART.build()).summary()
+    kinds = {line.split()[0]: line.split("parameters  ")[1].split(", ") for line in lines if " tensors " in line}
+    assert kinds["zeroed"] == ["blocks.*.cross_attn.out"]
+    assert kinds["folded"] == ["time_mlp.fc2.bias", "blocks.*.table", "final.table"]
+    assert kinds["initialised"] == ["text_mlp.fc1", "text_mlp.fc2", "blocks.*.cross_attn.q", "blocks.*.cross_attn.kv"]
+    assert {"patch_embed", "time_mlp.fc2.weight", "blocks.*.attn", "blocks.*.mlp"} <= set(kinds["copied"])
+
+
 def test_low_precision_and_float_sources_fit_any_target():
     source, target = stirred(CCDIT.build()).bfloat16(), PIXART.build()
     transfer(source, target)
