@@ -286,6 +286,14 @@ def test_existing_shards_are_not_overwritten_unasked(own_folder, folder):
     assert len(ShardReader(own_folder, verify=True)) == 5
 
 
+def test_failed_overwrite_leaves_no_set(own_folder):
+    """The old index must be gone before the first old shard is."""
+    with pytest.raises(ValueError, match="no record was added"):
+        write(own_folder, count=0, overwrite=True)
+    with pytest.raises(ValueError, match="was not finished"):
+        ShardReader(own_folder)
+
+
 def test_foreign_tars_are_not_overwritten(tmp_path):
     (tmp_path / "00000.tar").write_bytes(b"from another tool")
     with pytest.raises(ValueError, match="already holds shards"):

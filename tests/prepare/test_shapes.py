@@ -211,6 +211,7 @@ def test_command_ends_errors_with_one_sentence(fakes, tmp_path, monkeypatch):
         prepare.main(["shapes", "--images", "0"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("assets/shapes/vae").exists(), reason="needs the embedded autoencoder")
 def test_script_with_the_real_autoencoder(tmp_path):
     """Run as a file, as users do: from its own folder, `prepare` must still be the package."""
