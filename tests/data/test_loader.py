@@ -143,7 +143,8 @@ def test_captions_follow_their_weights(reader):
     batches = Batches(config, reader, 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
     picks = np.bincount([int(c.split(":")[0][-1]) for c in batches[0].captions], minlength=3) / 4000
     assert picks == pytest.approx([0.25, 0, 0.75], abs=0.03)
-    batches = Batches(DataConfig(path="", resolution=32), reader, 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
+    config = DataConfig(path="", resolution=32)
+    batches = Batches(config, reader, 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
     picks = np.bincount([int(c.split(":")[0][-1]) for c in batches[0].captions], minlength=3) / 4000
     assert picks == pytest.approx(np.full(CAPTIONS, 1 / 3), abs=0.03)
 
@@ -160,7 +161,8 @@ def test_records_without_class_are_minus_one(tmp_path):
     with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
         writer.add({"captions": ["a"]}, latent=np.zeros((2, 4, 4)))
         writer.add({"captions": ["b"], "class_id": 0}, latent=np.zeros((2, 4, 4)))
-    batch = read(ShardReader(tmp_path), config=DataConfig(path="", resolution=32), batch_size=2, micro_batch=2, stop=2)[0]
+    config = DataConfig(path="", resolution=32)
+    (batch,) = read(ShardReader(tmp_path), config=config, batch_size=2, micro_batch=2, stop=2)
     assert dict(zip(batch.captions, batch.class_id.tolist(), strict=True)) == {"a": -1, "b": 0}
     assert batch.text is None
 
