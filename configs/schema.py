@@ -26,7 +26,6 @@ from data.loader import DataConfig
 from diffusion.objective import ObjectiveConfig
 from inference.pipeline import SamplerConfig
 from models.autoencoder import AutoencoderConfig
-from models.base import ModelConfig
 from models.ccdit import CCDiTConfig
 from models.mmdit import MMDiTConfig
 from models.pixart import PixArtConfig
@@ -65,22 +64,24 @@ def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[]
     def decorate(task: Callable[[RunConfig], Any]) -> Callable[[], None]:
         register()
 
-        alone: list[DictConfig] = []
-
-        def composed(cfg: DictConfig) -> None:
-            if HydraConfig.get().mode is not RunMode.MULTIRUN:
-                alone.append(cfg)  # runs below, out of Hydra's hands: it would print about every error
-            elif "WORLD_SIZE" in os.environ:
-                raise ValueError(
-                    "-m (multirun) under torchrun would start every sweep on every rank; run `python ... -m"
-                    " hydra/launcher=...` without torchrun, or sweep over torchrun commands"
-                )
-            else:
-                task(to_run_config(cfg))
-
         def command() -> None:
+            alone: list[DictConfig] = []
+
+            def composed(cfg: DictConfig) -> None:
+                if HydraConfig.get().mode is RunMode.MULTIRUN:  # one folder a job, named by what the job overrides
+                    run_config = to_run_config(cfg)
+                    run_config.name = f"{run_config.name}/{HydraConfig.get().job.override_dirname}"
+                    task(run_config)
+                else:
+                    alone.append(cfg)  # runs below, out of Hydra's hands: it would print about every error
+
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us, and we print one sentence of them
             try:
+                if {"-m", "--multirun"} & set(sys.argv) and "WORLD_SIZE" in os.environ:
+                    raise ValueError(
+                        "-m (multirun) under torchrun would start every job of a sweep on every rank; run `python ... -m"
+                        " hydra/launcher=...` without torchrun, or start torchrun once a job"
+                    )
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(composed)()
                 for cfg in alone:
                     task(to_run_config(cfg))
@@ -156,10 +157,3 @@ def compose_raw(config_name: str, overrides: list[str]) -> DictConfig:
 def compose(config_name: str, overrides: list[str]) -> RunConfig:
     """A whole run's config, as the command line would compose it."""
     return to_run_config(compose_raw(config_name, overrides))
-
-
-def compose_model(name: str, overrides: list[str] | None = None) -> ModelConfig:
-    """The config of `configs/model/<name>.yaml`, with overrides such as `model.depth=4`."""
-    made = OmegaConf.to_object(compose_raw("train", [f"model={name}", "name=model", *(overrides or [])]).model)
-    assert isinstance(made, ModelConfig)
-    return made

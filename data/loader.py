@@ -19,8 +19,8 @@ from data.shards import ShardReader
 class DataConfig:
     """Which shards to train on, and how their captions are mixed."""
 
-    path: str = "datasets/shapes-64"
-    resolution: int = 64
+    path: str
+    resolution: int
     caption_weights: list[float] = field(default_factory=list)  # one a caption of each record; none: all alike
     workers: int = 0
     verify: bool = True  # SHA-256 of every shard when a run starts

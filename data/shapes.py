@@ -73,7 +73,7 @@ class Thing:
 
     @property
     def class_id(self) -> int:
-        """Index of (colour, shape) in `PAIRS`: the label of stage 1."""
+        """Index of (colour, shape) in `PAIRS`: the label of a class-conditioned model."""
         return PAIRS.index((self.colour, self.shape))
 
 

@@ -27,7 +27,11 @@ class AutoencoderConfig:
         from diffusers import AutoencoderKL  # slow to import, so only when one is wanted
 
         module = AutoencoderKL.from_pretrained(
-            locate(self.path), subfolder=self.subfolder, revision=self.revision, torch_dtype=torch.float32
+            locate(self.path),
+            subfolder=self.subfolder,
+            revision=self.revision,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
         )
         return Autoencoder(module, self.path)
 

@@ -1,4 +1,4 @@
-"""A training run, top to bottom. Stages differ in the values of the config, never in this file.
+"""A training run, top to bottom. Runs differ in the values of the config, never in this file.
 
     batch -> losses -> backward (once per optimizer step over all ranks) -> clip, step -> EMA -> log, draw, save
 """

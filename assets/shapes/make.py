@@ -1,10 +1,10 @@
 """Trains the small frozen parts that stand beside this file, on captioned shapes.
 
-    python assets/shapes/make.py vae  [--steps 16000]    an AutoencoderKL, f = 8
-    python assets/shapes/make.py text [--steps 3000]     two CLIP text encoders and their tokenizer
+    python assets/shapes/make.py vae  [--steps 16000] [--more]   an AutoencoderKL, f = 8
+    python assets/shapes/make.py text [--steps 3000]             two CLIP text encoders and their tokenizer
 
 Both are ordinary diffusers and transformers classes in their ordinary folder layout, so the code that loads
-them is the code that loads SDXL's. They see the training split alone: the held-out pairs stay unseen.
+them is the code that loads SDXL's. `--more` goes on from the autoencoder that is there. They see the training split alone: the held-out pairs stay unseen.
 """
 
 import argparse
@@ -54,20 +54,21 @@ def crop(pictures: torch.Tensor, size: int, generator: torch.Generator) -> torch
     return pictures[..., top : top + size, left : left + size]
 
 
-def train_vae(steps: int, batch: int = 8, lr: float = 1.2e-3, kl_weight: float = 1e-4) -> None:
+def train_vae(steps: int, more: bool, batch: int = 8, lr: float = 1.2e-3, kl_weight: float = 1e-4) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    vae = new_vae().to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(HERE / "vae", low_cpu_mem_usage=False) if more else new_vae()
+    vae = vae.to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.997))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     cosine = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
     start = time.time()
     for step in range(steps):
-        indices = range(step * batch, (step + 1) * batch)
-        # two batches in five are windows of the large pictures, at the cost of small ones
-        x = crop(pictures(0, indices, 128), 64, generator) if step % 5 in (1, 3) else pictures(0, indices, 64)
+        indices = range((step + more * 10**6) * batch, (step + 1 + more * 10**6) * batch)
+        # one batch in three is a window of the large pictures, at the cost of small ones
+        x = crop(pictures(0, indices, 128), 64, generator) if step % 3 == 1 else pictures(0, indices, 64)
         posterior = vae.encode(x).latent_dist
-        warm = min(1.0, 10 * step / steps)  # noise and prior come late: at first they would drown the shapes
+        warm = 1.0 if more else min(1.0, 10 * step / steps)  # noise and prior come late: at first they would drown the shapes
         decoded = vae.decode(posterior.sample(generator) if warm == 1.0 else posterior.mean).sample
         edges = sum((torch.diff(decoded, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (-1, -2))
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
@@ -81,11 +82,11 @@ def train_vae(steps: int, batch: int = 8, lr: float = 1.2e-3, kl_weight: float =
         optimizer.step()
         optimizer.zero_grad()
         cosine.step()
-        if step >= 200:
+        if step >= min(200, steps // 10):
             average.update_parameters(vae)
         if step % 200 == 0:
             print(f"step {step} loss {loss.item():.4f} pixels {pixels.item():.4f} kl {kl.item():.2f} seconds {time.time() - start:.0f}", flush=True)
-        if (step + 1) % 4000 == 0 or step + 1 == steps:
+        if (step + 1) % 3000 == 0 or step + 1 == steps:
             save_vae(average.module, scenes=1000 if step + 1 == steps else 100)
 
 
@@ -224,8 +225,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("vae", "text"))
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--more", action="store_true")
     options = parser.parse_args()
     if options.part == "vae":
-        train_vae(options.steps or 16_000)
+        train_vae(options.steps or 16_000, options.more)
     else:
         train_text(options.steps or 3_000)

@@ -1,0 +1,118 @@
+"""Speed as ratios, side by side in one run: ours and the usual way take turns; medians of several rounds.
+
+    make bench        prints the table and writes benchmarks/latest.json
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROUNDS = 7
+
+
+def compare(name: str, ours: Callable[[], object], usual: Callable[[], object]) -> dict:
+    """Median milliseconds of each, measured in turns after one call to warm up, and usual over ours."""
+    took: dict[str, list[float]] = {"ours": [], "usual": []}
+    ours(), usual()
+    for _ in range(ROUNDS):
+        for key, call in (("ours", ours), ("usual", usual)):
+            start = time.perf_counter()
+            call()
+            took[key].append((time.perf_counter() - start) * 1e3)
+    mine, theirs = statistics.median(took["ours"]), statistics.median(took["usual"])
+    return {"name": name, "ours": mine, "usual": theirs, "ratio": theirs / mine}
+
+
+def optimizer() -> dict:
+    """One AdamW step on 63 M parameters: ours against torch's default, which the public scripts use."""
+    from training.optim import OptimConfig, build_optimizer, guarded_step
+
+    mine, theirs = (nn.ModuleList([nn.Linear(1024, 1024) for _ in range(60)]) for _ in range(2))
+    for net in (mine, theirs):
+        for parameter in net.parameters():
+            parameter.grad = torch.randn_like(parameter)
+    grads = [parameter.grad for parameter in mine.parameters()]
+    fused, default = build_optimizer(mine, OptimConfig()), torch.optim.AdamW(theirs.parameters())
+
+    def ours() -> None:
+        for parameter, grad in zip(mine.parameters(), grads, strict=True):
+            parameter.grad = grad
+        guarded_step(fused, list(mine.parameters()), 1e-4, 1e9)
+
+    def usual() -> None:
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1e9)
+        default.step()
+
+    return compare("clip and AdamW, 63 M parameters", ours, usual)
+
+
+def average() -> dict:
+    """One EMA update on 63 M parameters: ours against diffusers' EMAModel."""
+    from diffusers.training_utils import EMAModel
+
+    from training.ema import EMA, EMAConfig
+
+    net = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(60)])
+    ema, theirs = EMA(net, EMAConfig()), EMAModel(net.parameters(), decay=0.9999)
+    return compare(
+        "EMA, 63 M parameters", lambda: ema.update(net, 10**6, 256), lambda: theirs.step(net.parameters())
+    )
+
+
+def reading() -> dict:
+    """2,000 latents of 128 px with captions in shuffled batches of 64: ours against webdataset on the same tars."""
+    import numpy as np
+    import webdataset as wds
+
+    from data.loader import DataConfig, loader
+    from data.shards import ShardReader, ShardWriter
+
+    folder = Path(tempfile.mkdtemp())
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, resolution=128, vae={"factor": 8, "channels": 8}) as writer:
+        for _ in range(2000):
+            writer.add({"captions": ["a red circle"] * 4}, latent=rng.standard_normal((8, 16, 16)).astype("f2"))
+    reader, config = ShardReader(folder), DataConfig(path=str(folder), resolution=128)
+
+    def ours() -> None:
+        for _ in loader(config, reader, 0, start=0, stop=2000, batch_size=50, micro_batch=50):
+            pass
+
+    def usual() -> None:
+        tars = wds.WebDataset(str(folder / "00000.tar"), shardshuffle=False).shuffle(1000).decode()
+        for _ in wds.WebLoader(tars.to_tuple("latent.npy", "json").batched(50), batch_size=None, num_workers=0):
+            pass
+
+    return compare("read 2,000 latents, warm", ours, usual)
+
+
+def start_up() -> dict:
+    """`scripts/sample.py --help` against importing torch, which a careless --help pays."""
+
+    def run(*command: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
+
+    return compare("--help of scripts/sample.py", run("scripts/sample.py", "--help"), run("-c", "import torch"))
+
+
+def main() -> None:
+    """Measure, print, write."""
+    rows = [optimizer(), average(), reading(), start_up()]
+    print(f"{'':36}{'ours':>10}{'usual':>10}{'usual/ours':>12}")
+    for row in rows:
+        print(f"{row['name']:36}{row['ours']:>8.1f}ms{row['usual']:>8.1f}ms{row['ratio']:>11.1f}x")
+    about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    Path("benchmarks/latest.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

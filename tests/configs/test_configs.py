@@ -1,0 +1,85 @@
+"""Every YAML composes, every key is known, and bad input gets one sentence with the way out."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.schema import CONFIGS, compose, main
+
+STAGES = ("stage1", "stage2", "stage3")
+EXPERIMENTS = sorted(p.relative_to(CONFIGS / "experiment").with_suffix("").as_posix() for p in CONFIGS.glob("experiment/**/*.yaml"))
+MODELS = sorted(path.stem for path in CONFIGS.glob("model/*.yaml"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_composes_alone(stage):
+    cfg = compose(stage, [])
+    assert cfg.name == stage
+    assert cfg.folder == Path("outputs") / stage
+
+
+@pytest.mark.parametrize("group", ["objective", "sampler", "optim", "vae", "text", "logger", "model"])
+def test_each_choice_of_each_group_composes(group):
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
+        compose("stage3", [f"{group}={path.stem}"])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_each_experiment_composes_with_its_stage(experiment):
+    stage = next(stage for stage in STAGES if stage in experiment)
+    compose(stage, [f"experiment={experiment}"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_builds_on_the_meta_device(name):
+    with torch.device("meta"):
+        built = compose("train", ["name=meta", f"model={name}"]).model.build()
+    assert sum(p.numel() for p in built.parameters()) > 1e5
+
+
+def test_no_config_folder_is_ignored_by_git():
+    ignored = (CONFIGS.parent / ".gitignore").read_text().split()
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    assert not {pattern.strip("/") for pattern in ignored if not pattern.startswith("/")} & (groups - {"__pycache__"})
+
+
+BAD = {
+    "train.imagse=3": "train.imagse is not a key of stage1; did you mean train.images?",
+    "smapler=euler": "smapler is not a key of stage1; did you mean sampler?",
+    "+model.foo=1": "+foo adds a key that no config has; write it without +",
+    "+init.form=x": "init.form is not a key; choose one of init.from",
+    "objective.prediction=epps": "objective.prediction=epps is not a choice; choose one of eps, x0, v, flow",
+    "sampler=foo": "sampler=foo is not a choice; choose one of ddim, euler, heun",
+    "train.images=abc": "train.images=abc does not fit: Value 'abc' of type 'str' could not be converted to Integer",
+    "train.batch_size=0": "must be positive; choose larger ones",
+    "model.hidden=162": "model.hidden=162 is not a multiple of model.heads=5",
+    "data=shards": "data.path must be given; add data.path=... to the command",
+    "data.path=/nowhere": "data.path=/nowhere does not exist; prepare it with `python scripts/prepare.py shapes`",
+    "objective.zero_terminal=true": "objective.prediction=eps says nothing of x0 at t=1",
+    "init.mode=best": "init.mode=best is not a choice; choose one of anchor, mean",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_input_gets_one_sentence_and_builds_nothing(override, monkeypatch, tmp_path):
+    from training.run import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_stage1.py", override])
+    monkeypatch.setattr("models.autoencoder.AutoencoderConfig.build", lambda self: pytest.fail("built something"))
+    with pytest.raises(SystemExit) as exit_:
+        main("stage1")(run)()
+    message = str(exit_.value)
+    assert message.startswith("error: ")
+    assert BAD[override] in message
+    assert "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_multirun_under_torchrun_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_stage1.py", "-m", "seed=1,2"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="without torchrun"):
+        main("stage1")(lambda cfg: None)()

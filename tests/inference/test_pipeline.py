@@ -1,0 +1,65 @@
+"""From a checkpoint to pictures: seeds, sizes, samplers, and what the committed pipeline can do."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import shapes
+from diffusion.sample import Sampler
+from inference.pipeline import Pipeline
+
+ASSETS = Path("assets/shapes/pipeline")
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline.load(ASSETS)
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipeline):
+    prompts = ["a large red circle in the centre on a white background", "a small blue star at the top"]
+    fast = replace(pipeline.description.sampler, steps=4)
+    both = pipeline.generate(prompts, seeds=[3, 4], sampler=fast)
+    alone = pipeline.generate(prompts[1:], seeds=[4], sampler=fast)
+    assert np.abs(both[1].astype(int) - alone[0]).max() <= 1  # float order within a batch
+    noisy = replace(fast, name=Sampler.ddim, eta=1.0)
+    both, alone = pipeline.generate(prompts, seeds=[3, 4], sampler=noisy), pipeline.generate(prompts[1:], seeds=[4], sampler=noisy)
+    assert np.abs(both[1].astype(int) - alone[0]).max() <= 1
+
+
+def test_guidance_makes_pictures_follow_the_prompt(pipeline):
+    scenes = shapes.exam(5, 16, 1)
+    prompts = [shapes.prompt(scene) for scene in scenes]
+    right = {}
+    for guidance in (0.0, 4.0):
+        sampler = replace(pipeline.description.sampler, guidance=guidance)
+        right[guidance] = shapes.mark(scenes, pipeline.generate(prompts, sampler=sampler))["all"]
+    assert right[0.0] < 0.2
+    assert right[4.0] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [sampler.name for sampler in Sampler])
+def test_the_committed_pipeline_draws_what_is_asked(pipeline, name):
+    scenes = shapes.exam(6, 40, 1)
+    sampler = replace(pipeline.description.sampler, name=Sampler[name], steps=20)
+    marks = shapes.mark(scenes, pipeline.generate([shapes.prompt(scene) for scene in scenes], sampler=sampler))
+    assert marks["all"] >= 0.9
+
+
+def test_sizes_other_than_the_trained_are_whole_patches(pipeline):
+    fast = replace(pipeline.description.sampler, steps=2)
+    assert pipeline.generate(["a red circle"], sampler=fast, size=(64, 160)).shape == (1, 64, 160, 3)
+    with pytest.raises(ValueError, match="width=100 must be a multiple of 16, .* choose 96"):
+        pipeline.generate(["a red circle"], size=(64, 100))
+
+
+def test_wrong_questions_get_the_way_out(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="conditioned on text: give a prompt"):
+        pipeline.generate(class_ids=[1])
+    with pytest.raises(ValueError, match="seeds has 1 numbers for 2 pictures"):
+        pipeline.generate(["a", "b"], seeds=[1])
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        Pipeline.load(tmp_path)
