@@ -3,7 +3,8 @@
     python scripts/prepare.py shapes --resolution 128
     python train_stage2.py init.from=outputs/stage1               # or: torchrun --standalone --nproc_per_node=N
 
-A source of another architecture is carried over as reparameterize.py does. Next: train_stage3.py init.from=outputs/stage2
+A source of another architecture is carried over as reparameterize.py does.
+Next: train_stage3.py init.from=outputs/stage2
 """
 
 from configs.schema import main

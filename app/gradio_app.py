@@ -1,7 +1,7 @@
 """A page to draw with a checkpoint of any stage. Local unless `--share` is given.
 
-    pip install -e ".[app]"
-    python app/gradio_app.py --checkpoint assets/shapes/pipeline
+pip install -e ".[app]"
+python app/gradio_app.py --checkpoint assets/shapes/pipeline
 """
 
 import argparse
@@ -35,9 +35,13 @@ def build(checkpoint: str):
         with gr.Row():
             with gr.Column():
                 if by_class:
-                    subject = gr.Number(0, label="Class", precision=0, maximum=(pipeline.conditioner.num_classes or 1) - 1)
+                    subject = gr.Number(
+                        0, label="Class", precision=0, maximum=(pipeline.conditioner.num_classes or 1) - 1
+                    )
                 else:
-                    subject = gr.Textbox("a small red circle above a large blue star on a white background", label="Prompt")
+                    subject = gr.Textbox(
+                        "a small red circle above a large blue star on a white background", label="Prompt"
+                    )
                 count = gr.Slider(1, 16, 4, step=1, label="Pictures")
                 seed = gr.Number(0, label="Seed", precision=0)
                 steps = gr.Slider(1, 100, settings.steps, step=1, label="Steps")

@@ -1,6 +1,6 @@
 """Speed as ratios, side by side in one run: ours and the usual way take turns; medians of several rounds.
 
-    make bench        prints the table and writes benchmarks/latest.json
+make bench        prints the table and writes benchmarks/latest.json
 """
 
 import json
@@ -63,9 +63,7 @@ def average() -> dict:
 
     net = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(60)])
     ema, theirs = EMA(net, EMAConfig()), EMAModel(net.parameters(), decay=0.9999)
-    return compare(
-        "EMA, 63 M parameters", lambda: ema.update(net, 10**6, 256), lambda: theirs.step(net.parameters())
-    )
+    return compare("EMA, 63 M parameters", lambda: ema.update(net, 10**6, 256), lambda: theirs.step(net.parameters()))
 
 
 def reading() -> dict:

@@ -79,7 +79,7 @@ def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[]
             try:
                 if {"-m", "--multirun"} & set(sys.argv) and "WORLD_SIZE" in os.environ:
                     raise ValueError(
-                        "-m (multirun) under torchrun would start every job of a sweep on every rank; run `python ... -m"
+                        "-m (multirun) under torchrun would start each job of a sweep on every rank; run `python ... -m"
                         " hydra/launcher=...` without torchrun, or start torchrun once a job"
                     )
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(composed)()
@@ -122,7 +122,11 @@ def explain(error: BaseException, config_name: str) -> str:
     if missed := re.search(r"Could not override '([^']+)'", text):
         known = keys(compose_raw(config_name, []))
         near = difflib.get_close_matches(missed[1], known, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted({k.split('.')[0] for k in known}))}"
+        advice = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"choose one of {', '.join(sorted({k.split('.')[0] for k in known}))}"
+        )
         return f"{missed[1]} is not a key of {config_name}; {advice}"
     if wrong := re.search(r"Error merging override (\S+).*Invalid value .*expected one of \[([^\]]+)\]", text):
         return f"{wrong[1]} is not a choice; choose one of {wrong[2]}"

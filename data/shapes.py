@@ -307,7 +307,8 @@ def read(picture: np.ndarray) -> Reading:
     things = []
     smallest = 0.25 * (SIZES["small"] * side) ** 2  # a thin ring still covers 1.4 r^2; edge slivers cover far less
     for colour in range(len(BACKGROUNDS), len(names)):
-        parts, count = ndimage.label(label == colour, np.ones((3, 3)))
+        parts = np.zeros(label.shape, np.int32)
+        ndimage.label(label == colour, np.ones((3, 3)), parts)
         for part, window in enumerate(ndimage.find_objects(parts), 1):
             own = parts[window] == part
             if own.sum() >= smallest and ndimage.binary_erosion(own).sum() >= 0.2 * own.sum():
@@ -363,9 +364,7 @@ def score(scene: Scene, reading: Reading) -> dict[str, bool]:
     if len(reading.things) == len(scene.things):
         things = _matched(scene, reading)
         for kind in ("colour", "shape", "size"):
-            right[kind] = all(
-                getattr(a, kind) == getattr(b, kind) for a, b in zip(things, scene.things, strict=True)
-            )
+            right[kind] = all(getattr(a, kind) == getattr(b, kind) for a, b in zip(things, scene.things, strict=True))
         if scene.relation:
             dx, dy = RELATIONS[scene.relation]
             along = (things[0].x - things[1].x, things[0].y - things[1].y)

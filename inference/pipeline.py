@@ -69,7 +69,9 @@ class Description:
         """Read `pipeline.json`."""
         path = folder / "pipeline.json"
         if not path.is_file():
-            raise ValueError(f"{folder} holds no pipeline.json; give a run folder, a checkpoint or an exported pipeline")
+            raise ValueError(
+                f"{folder} holds no pipeline.json; give a run folder, a checkpoint or an exported pipeline"
+            )
         known = json.loads(path.read_text())
         return cls(
             objective=typed(ObjectiveConfig, known["objective"]),

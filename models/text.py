@@ -39,10 +39,7 @@ class TextConfig:
         where = {"pretrained_model_name_or_path": locate(self.path), "revision": self.revision}
         return TextEncoders(
             [CLIPTokenizer.from_pretrained(subfolder=name, **where) for name in self.tokenizers],
-            [
-                kind.from_pretrained(subfolder=name, **where)
-                for kind, name in zip(kinds, self.encoders, strict=True)
-            ],
+            [kind.from_pretrained(subfolder=name, **where) for kind, name in zip(kinds, self.encoders, strict=True)],
         )
 
 

@@ -1,7 +1,7 @@
 """Draw pictures from a checkpoint.
 
-    python scripts/sample.py --checkpoint assets/shapes/pipeline --prompt "a small red circle above a large blue star"
-    python scripts/sample.py --checkpoint outputs/stage1 --class-id 7 --num-images 4
+python scripts/sample.py --checkpoint assets/shapes/pipeline --prompt "a small red circle above a large blue star"
+python scripts/sample.py --checkpoint outputs/stage1 --class-id 7 --num-images 4
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
     parser.add_argument("--size", metavar="HxW", help="in pixels; default: as trained")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--sampler", help="euler, heun, dpmpp or ddim")
+    parser.add_argument("--sampler", help="euler, heun or ddim")
     parser.add_argument("--guidance", type=float, help="1: none")
     parser.add_argument("--weights", default="ema", choices=("ema", "model"))
     parser.add_argument("--out", type=Path, default=Path("outputs/pictures"))

@@ -118,7 +118,7 @@ def resume(
 def changes(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Each value of two nested configs that differs, as `key: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in new if key in old] + [key for key in new.keys() ^ old.keys()]
+        keys = [key for key in new if key in old] + sorted(new.keys() ^ old.keys())
         return [line for key in keys for line in changes(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))]
     return [] if old == new else [f"{prefix}: {old} -> {new}"]
 

@@ -46,7 +46,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.images <= 0 or self.batch_size <= 0:
             raise ValueError(
-                f"train.images={self.images} and train.batch_size={self.batch_size} must be positive; choose larger ones"
+                f"train.images={self.images} and train.batch_size={self.batch_size} must be positive;"
+                " choose larger ones"
             )
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"train.text_dropout={self.text_dropout} is a share; choose one between 0 and 1")
@@ -126,7 +127,8 @@ class RunConfig:
                 raise ValueError(f"init.{key}={self.init[key]} is not a choice; choose one of {', '.join(choices)}")
         if self.model.condition == "text" and self.text is None:
             raise ValueError(
-                f"model={type(self.model).__name__} reads text, but text=none gives no encoders; choose text=shapes or text=sdxl"
+                f"model={type(self.model).__name__} reads text, but there are no encoders;"
+                " choose text=shapes or text=sdxl"
             )
 
     @property

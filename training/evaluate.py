@@ -34,7 +34,8 @@ def subjects(cfg: RunConfig, captions: list[str]) -> Subjects:
         return Subjects(cfg.sample.prompts[:count], None)
     if cfg.data.exam == "shapes":
         asked = [
-            shapes.exam(cfg.sample.seed, count, things)[i] for i, things in zip(range(count), (1, 2) * count, strict=False)
+            shapes.exam(cfg.sample.seed, count, things)[i]
+            for i, things in zip(range(count), (1, 2) * count, strict=False)
         ]
         return Subjects([shapes.prompt(scene) for scene in asked], None)
     return Subjects(captions[:count], None)

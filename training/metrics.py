@@ -170,8 +170,6 @@ class _Bar:
         self._progress.stop()
 
 
-
-
 def _forget_after(path: Path, images_seen: int) -> None:
     """Drop the lines that a killed run wrote after the checkpoint it now continues from."""
     if not path.exists():

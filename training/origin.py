@@ -15,9 +15,7 @@ from models.weights import load_denoiser
 from training.checkpoint import changes
 
 
-def inherit(
-    denoiser: nn.Module, init: dict[str, Any], description: Description, say: Callable[[str], None]
-) -> None:
+def inherit(denoiser: nn.Module, init: dict[str, Any], description: Description, say: Callable[[str], None]) -> None:
     """Fill `denoiser` from `init.from` in place, and say what was inherited, overridden and initialised."""
     folder: Path = find(init["from"])
     say(f"starts from {folder} ({init['weights']} weights)")

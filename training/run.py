@@ -1,6 +1,6 @@
 """A training run, top to bottom. Runs differ in the values of the config, never in this file.
 
-    batch -> losses -> backward (once per optimizer step over all ranks) -> clip, step -> EMA -> log, draw, save
+batch -> losses -> backward (once per optimizer step over all ranks) -> clip, step -> EMA -> log, draw, save
 """
 
 import json
@@ -82,7 +82,9 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
         (cfg.folder / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False))
     journal = Journal(cfg.folder, cfg.logger, ranks, cfg.name, cfg.train.images, state.images_seen)
     pipeline = Pipeline(ema.module, conditioner, autoencoder, description, ranks.device)
-    shown = subjects(cfg, [caption for row in range(min(len(reader), cfg.sample.count)) for caption in captions_of(reader, row)])
+    shown = subjects(
+        cfg, [caption for row in range(min(len(reader), cfg.sample.count)) for caption in captions_of(reader, row)]
+    )
 
     def save() -> None:
         if ranks.main:
@@ -94,7 +96,11 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     def draw() -> None:
         if ranks.main:
             path = f"samples/{state.images_seen:09d}.png"
-            journal.write("sample", state.images_seen, {"path": path} | draw_grid(pipeline, shown, cfg.sample.seed, cfg.folder / path))
+            journal.write(
+                "sample",
+                state.images_seen,
+                {"path": path} | draw_grid(pipeline, shown, cfg.sample.seed, cfg.folder / path),
+            )
         ranks.barrier()
 
     wrapped = ranks.wrap(torch.compile(denoiser) if cfg.train.compile else denoiser)
@@ -117,9 +123,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             with synchronised(wrapped, last):  # the forward too: gradients are reduced once a step
                 with autocast:
                     cond = condition(batch, conditioner, cfg.train.text_dropout, cfg.seed, ranks.device)
-                    weighted, unweighted, t = losses(
-                        wrapped, objective, batch.latents, cond, batch.positions, cfg.seed
-                    )
+                    weighted, unweighted, t = losses(wrapped, objective, batch.latents, cond, batch.positions, cfg.seed)
                 (weighted.sum() / share).backward()
             sums.add_losses(weighted.detach(), unweighted, t)
         lr = learning_rate(cfg.optim, state.images_seen, cfg.train.images)
@@ -139,7 +143,13 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             state.seconds += now - clock
             state.skipped += values["skipped"]
             rate = (state.images_seen - logged_at) / max(now - clock, 1e-9)
-            about = {"step": state.step, "lr": lr, "images_per_s": rate, "seconds": state.seconds, "rss_mb": peak_rss_mb()}
+            about = {
+                "step": state.step,
+                "lr": lr,
+                "images_per_s": rate,
+                "seconds": state.seconds,
+                "rss_mb": peak_rss_mb(),
+            }
             journal.write("train", state.images_seen, values | about)
             clock, logged_at = now, state.images_seen
             if state.skipped > cfg.train.max_skipped:
@@ -192,7 +202,8 @@ def check_autoencoder(cfg: RunConfig, reader: ShardReader, digest: str) -> None:
     if digest != reader.index["vae"]["id"]:
         raise ValueError(
             f"vae.path={cfg.vae.path} has the digest {digest}, but the latents of {cfg.data.path} were made with"
-            f" {reader.index['vae']['path']}, digest {reader.index['vae']['id']}; give that one or prepare the data again"
+            f" {reader.index['vae']['path']}, digest {reader.index['vae']['id']};"
+            " give that one or prepare the data again"
         )
 
 

@@ -1,14 +1,17 @@
 """Trains the small frozen parts that stand beside this file, on captioned shapes.
 
     python assets/shapes/make.py vae  [--steps 16000] [--more]   an AutoencoderKL, f = 8
-    python assets/shapes/make.py text [--steps 3000]             two CLIP text encoders and their tokenizer
+    python assets/shapes/make.py text [--steps 1500]             two CLIP text encoders and their tokenizer
+    python assets/shapes/make.py pipeline --run outputs/long/stage3   the averaged weights of a finished run
 
-Both are ordinary diffusers and transformers classes in their ordinary folder layout, so the code that loads
-them is the code that loads SDXL's. `--more` goes on from the autoencoder that is there. They see the training split alone: the held-out pairs stay unseen.
+The first two are ordinary diffusers and transformers classes in their ordinary folder layout, so the code that loads
+them is the code that loads SDXL's. They see the training split alone: the held-out pairs stay unseen. `--more` goes on
+from the autoencoder that is there.
 """
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data import shapes
+from inference.pipeline import find
 
 HERE = Path(__file__).parent
 
@@ -68,7 +72,9 @@ def train_vae(steps: int, more: bool, batch: int = 8, lr: float = 1.2e-3, kl_wei
         # one batch in three is a window of the large pictures, at the cost of small ones
         x = crop(pictures(0, indices, 128), 64, generator) if step % 3 == 1 else pictures(0, indices, 64)
         posterior = vae.encode(x).latent_dist
-        warm = 1.0 if more else min(1.0, 10 * step / steps)  # noise and prior come late: at first they would drown the shapes
+        warm = (
+            1.0 if more else min(1.0, 10 * step / steps)
+        )  # noise and prior come late: at first they would drown the shapes
         decoded = vae.decode(posterior.sample(generator) if warm == 1.0 else posterior.mean).sample
         edges = sum((torch.diff(decoded, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (-1, -2))
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
@@ -85,7 +91,8 @@ def train_vae(steps: int, more: bool, batch: int = 8, lr: float = 1.2e-3, kl_wei
         if step >= min(200, steps // 10):
             average.update_parameters(vae)
         if step % 200 == 0:
-            print(f"step {step} loss {loss.item():.4f} pixels {pixels.item():.4f} kl {kl.item():.2f} seconds {time.time() - start:.0f}", flush=True)
+            seconds = time.time() - start
+            print(f"step {step} loss {loss.item():.4f} kl {kl.item():.2f} seconds {seconds:.0f}", flush=True)
         if (step + 1) % 3000 == 0 or step + 1 == steps:
             save_vae(average.module, scenes=1000 if step + 1 == steps else 100)
 
@@ -152,7 +159,8 @@ def new_encoders(vocabulary: int) -> tuple[nn.Module, nn.Module]:
         return CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3,
             num_attention_heads=width // 32, max_position_embeddings=LENGTH, projection_dim=width,
-            hidden_act=activation, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+            hidden_act=activation, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
         )  # fmt: skip
 
     return CLIPTextModel(config(64, "quick_gelu")), CLIPTextModelWithProjection(config(128, "gelu"))
@@ -166,7 +174,7 @@ def new_image_tower(width: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 256), nn.GELU(), nn.Linear(256, width))
 
 
-def train_text(steps: int, batch: int = 128, lr: float = 1e-3) -> None:
+def train_text(steps: int, batch: int = 96, lr: float = 1e-3) -> None:
     """Contrastive language-image training (Radford et al. 2021) of both encoders against one image tower each."""
     from transformers import CLIPTokenizer
 
@@ -181,11 +189,14 @@ def train_text(steps: int, batch: int = 128, lr: float = 1e-3) -> None:
     cosine = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
 
     def embeddings(scenes, captions: list[str]) -> list[tuple[Tensor, Tensor]]:
-        ids = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(captions, padding="longest", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
         stack = np.stack([shapes.render(scene, 64) for scene in scenes])
         x = torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
         texts = small(ids).pooler_output, large(ids).text_embeds
-        return [(F.normalize(tower(x), dim=-1), F.normalize(text, dim=-1)) for tower, text in zip(towers, texts, strict=True)]
+        return [
+            (F.normalize(tower(x), dim=-1), F.normalize(text, dim=-1))
+            for tower, text in zip(towers, texts, strict=True)
+        ]
 
     start = time.time()
     for step in range(steps):
@@ -221,13 +232,36 @@ def train_text(steps: int, batch: int = 128, lr: float = 1e-3) -> None:
     (HERE / "text_encoder_2" / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
+# --- the pipeline -----------------------------------------------------------------------------------------
+
+
+def keep_pipeline(run: Path) -> None:
+    """Copy what sampling needs of a run's newest checkpoint, and its exam."""
+    checkpoint, folder = find(run), HERE / "pipeline"
+    (folder / "denoiser").mkdir(parents=True, exist_ok=True)
+    for name in ("pipeline.json", "denoiser/config.json", "denoiser/ema.safetensors"):
+        shutil.copyfile(checkpoint / name, folder / name)
+    shutil.copyfile(run / "evaluation.json", folder / "evaluation.json")
+    shutil.copyfile(run / "config.yaml", folder / "config.yaml")
+
+
+def readable_by_all(folder: Path) -> None:
+    """safetensors makes files that only their owner may read."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("vae", "text"))
+    parser.add_argument("part", choices=("vae", "text", "pipeline"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--more", action="store_true")
+    parser.add_argument("--run", type=Path, default=Path("outputs/long/stage3"))
     options = parser.parse_args()
     if options.part == "vae":
         train_vae(options.steps or 16_000, options.more)
+    elif options.part == "text":
+        train_text(options.steps or 1_500)
     else:
-        train_text(options.steps or 3_000)
+        keep_pipeline(options.run)
+    readable_by_all(HERE)

@@ -9,7 +9,9 @@ import torch
 from configs.schema import CONFIGS, compose, main
 
 STAGES = ("stage1", "stage2", "stage3")
-EXPERIMENTS = sorted(p.relative_to(CONFIGS / "experiment").with_suffix("").as_posix() for p in CONFIGS.glob("experiment/**/*.yaml"))
+EXPERIMENTS = sorted(
+    p.relative_to(CONFIGS / "experiment").with_suffix("").as_posix() for p in CONFIGS.glob("experiment/**/*.yaml")
+)
 MODELS = sorted(path.stem for path in CONFIGS.glob("model/*.yaml"))
 
 

@@ -25,7 +25,10 @@ def test_a_picture_depends_on_its_own_seed_alone(pipeline):
     alone = pipeline.generate(prompts[1:], seeds=[4], sampler=fast)
     assert np.abs(both[1].astype(int) - alone[0]).max() <= 1  # float order within a batch
     noisy = replace(fast, name=Sampler.ddim, eta=1.0)
-    both, alone = pipeline.generate(prompts, seeds=[3, 4], sampler=noisy), pipeline.generate(prompts[1:], seeds=[4], sampler=noisy)
+    both, alone = (
+        pipeline.generate(prompts, seeds=[3, 4], sampler=noisy),
+        pipeline.generate(prompts[1:], seeds=[4], sampler=noisy),
+    )
     assert np.abs(both[1].astype(int) - alone[0]).max() <= 1
 
 

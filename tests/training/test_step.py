@@ -137,7 +137,9 @@ def test_groups_scale_freeze_and_spare_biases_from_decay():
     assert {group["weight_decay"] for group in build_optimizer(net, config_).param_groups} == {0.0, 0.5}
     from training.optim import GroupConfig
 
-    frozen = replace(config_, groups=[GroupConfig(pattern="^trunk", frozen=True), GroupConfig(pattern="head", lr_scale=0.1)])
+    frozen = replace(
+        config_, groups=[GroupConfig(pattern="^trunk", frozen=True), GroupConfig(pattern="head", lr_scale=0.1)]
+    )
     groups = build_optimizer(net, frozen).param_groups
     assert {group["lr_scale"] for group in groups} == {0.1}
     assert not net["trunk"].weight.requires_grad
