@@ -21,9 +21,9 @@ def build(checkpoint: str):
 
     def draw(subject, count, seed, steps, guidance, sampler, progress=gr.Progress()):  # noqa: B008 - gradio's way
         chosen = replace(settings, steps=int(steps), guidance=guidance, name=Sampler[sampler])
-        many = {"class_ids": [int(subject)] * int(count)} if by_class else {"prompts": [subject] * int(count)}
         pictures = pipeline.generate(
-            **many,
+            None if by_class else [subject] * int(count),
+            class_ids=[int(subject)] * int(count) if by_class else None,
             seeds=[int(seed) + i for i in range(int(count))],
             sampler=chosen,
             progress=lambda step, z, x0: progress((step + 1, int(steps))),

@@ -169,13 +169,13 @@ def _place(x: float, y: float) -> str:
 
 def render(scene: Scene, resolution: int) -> np.ndarray:
     """The scene's picture: (resolution, resolution, 3) uint8, edges antialiased over one pixel."""
-    picture = np.broadcast_to(np.float32(scene.rgb), (resolution, resolution, 3)).copy()
+    picture = np.broadcast_to(np.asarray(scene.rgb, np.float32), (resolution, resolution, 3)).copy()
     centres = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution
     for thing in scene.things:
         x, y = (centres - thing.x) / thing.radius, (centres - thing.y) / thing.radius
         pixel = 1.0 / (resolution * thing.radius)
         coverage = np.clip(0.5 - _distance(thing.shape, x[None, :], y[:, None]) / pixel, 0, 1)[..., None]
-        picture += coverage * (np.float32(thing.rgb) - picture)
+        picture += coverage * (np.asarray(thing.rgb, np.float32) - picture)
     return np.rint(picture).astype(np.uint8)
 
 
@@ -183,18 +183,17 @@ def _polygon(shape: str) -> np.ndarray:
     """Corners (n, 2) of a shape of radius about 1, centred on its bounding box."""
     if shape == "square":
         corners = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-        return 0.88 * np.float32(corners)
+        return 0.88 * np.asarray(corners, np.float32)
     if shape == "triangle":
-        return np.float32([(0, -0.95), (1.05, 0.95), (-1.05, 0.95)])
+        return np.asarray([(0, -0.95), (1.05, 0.95), (-1.05, 0.95)], np.float32)
     if shape == "cross":
         a, b = 0.34, 1.0
-        return np.float32(
-            [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-        )
+        right = [(a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b)]
+        return np.asarray(right + [(-x, y) for x, y in reversed(right)], np.float32)
     angle = np.pi * np.arange(10) / 5  # star: five points out, five in, alternating
     reach = np.where(np.arange(10) % 2, 0.46, 1.12)
     corners = np.stack([np.sin(angle) * reach, -np.cos(angle) * reach], 1)
-    return np.float32(corners - (corners.max(0) + corners.min(0)) / 2)
+    return np.asarray(corners - (corners.max(0) + corners.min(0)) / 2, np.float32)
 
 
 _CORNERS = {shape: _polygon(shape) for shape in ("square", "triangle", "star", "cross")}
@@ -297,7 +296,7 @@ def read(picture: np.ndarray) -> Reading:
     pixels = np.asarray(picture, np.float32) * (255.0 if np.issubdtype(picture.dtype, np.floating) else 1.0)
     side = pixels.shape[0]
     names = np.array([*BACKGROUNDS, *COLOURS])
-    palette = np.float32([*BACKGROUNDS.values(), *COLOURS.values()])
+    palette = np.asarray([*BACKGROUNDS.values(), *COLOURS.values()], np.float32)
     label = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
 
     border = np.concatenate([label[0], label[-1], label[:, 0], label[:, -1]])
@@ -343,7 +342,7 @@ def _read_thing(pixels: np.ndarray, ground: np.ndarray, colour: str, rgb: np.nda
     radius = (y1 - y0 + x1 - x0) / 4 / side / _SILHOUETTES[shape][1]
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
     x, y = (left + (x0 + x1) / 2) / side, (top + (y0 + y1) / 2) / side
-    return Thing(str(colour), shape, size, float(x), float(y), float(radius), tuple(map(float, rgb)))
+    return Thing(str(colour), shape, size, float(x), float(y), float(radius), (float(rgb[0]), float(rgb[1]), float(rgb[2])))
 
 
 def _extent(profile: np.ndarray) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.guidance import guided
 from diffusion.objective import Objective, ObjectiveConfig
@@ -119,7 +119,7 @@ class Pipeline:
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        denoiser: Any,
         conditioner: Conditioner,
         autoencoder: Autoencoder,
         description: Description,

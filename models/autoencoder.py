@@ -41,7 +41,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, module: nn.Module, path: str):
         super().__init__()
-        self.module = module.eval().requires_grad_(False)
+        self.module: Any = module.eval().requires_grad_(False)
         self.path = path
         config: Any = module.config
         self.scale: float = config.scaling_factor

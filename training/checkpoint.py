@@ -125,7 +125,7 @@ def changes(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter name: `exp_avg/blocks.0.attn.qkv.weight` and so on."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in module.named_parameters()}
     return {
         f"{kind}/{names[parameter]}": tensor
         for parameter, entries in optimizer.state.items()

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: Any) -> Any:
         """DistributedDataParallel where there is someone to share with."""
         if self.world == 1:
             return module

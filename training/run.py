@@ -50,7 +50,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     autoencoder = cfg.vae.build().to(ranks.device)
     check_autoencoder(cfg, reader, autoencoder.info()["id"])
     conditioner = Conditioner(text, getattr(cfg.model, "num_classes", None))
-    denoiser = cfg.model.build().to(ranks.device)
+    denoiser: Any = cfg.model.build().to(ranks.device)
     denoiser.gradient_checkpointing = cfg.train.gradient_checkpointing
     objective = Objective(cfg.objective)
     description = Description(
