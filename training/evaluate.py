@@ -68,7 +68,7 @@ def take_exam(pipeline: Pipeline, cfg: RunConfig) -> dict[str, Any]:
             shapes.mark(scenes, _draw(pipeline, [shapes.prompt(s) for s in scenes], None, seeds, cfg.evaluate.batch))
             for scenes in (shapes.exam(seed, count, 1), shapes.exam(seed, count, 2))
         )
-        result = _named(one) | {"two_objects": _named(two)}
+        result = _named(one) | {"two_objects": _named(two) | {"count": count}}
     return result | {"count": count, "seconds": time.time() - start}
 
 
