@@ -342,7 +342,9 @@ def _read_thing(pixels: np.ndarray, ground: np.ndarray, colour: str, rgb: np.nda
     radius = (y1 - y0 + x1 - x0) / 4 / side / _SILHOUETTES[shape][1]
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
     x, y = (left + (x0 + x1) / 2) / side, (top + (y0 + y1) / 2) / side
-    return Thing(str(colour), shape, size, float(x), float(y), float(radius), (float(rgb[0]), float(rgb[1]), float(rgb[2])))
+    return Thing(
+        str(colour), shape, size, float(x), float(y), float(radius), (float(rgb[0]), float(rgb[1]), float(rgb[2]))
+    )
 
 
 def _extent(profile: np.ndarray) -> tuple[float, float]:
