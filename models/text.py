@@ -34,7 +34,9 @@ class TextConfig:
     def build(self) -> "TextEncoders":
         """Load them all, frozen. Only the last needs a projection, whose output is the pooled vector."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # slow to import
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of reading a file: it would break into ours
         kinds = [CLIPTextModel] * (len(self.encoders) - 1) + [CLIPTextModelWithProjection]
         where = {"pretrained_model_name_or_path": locate(self.path), "revision": self.revision}
         return TextEncoders(
