@@ -11,7 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +24,8 @@ ROUNDS = 7
 def compare(name: str, ours: Callable[[], object], usual: Callable[[], object]) -> dict:
     """Median milliseconds of each, measured in turns after one call to warm up, and usual over ours."""
     took: dict[str, list[float]] = {"ours": [], "usual": []}
-    ours(), usual()
+    ours()
+    usual()
     for _ in range(ROUNDS):
         for key, call in (("ours", ours), ("usual", usual)):
             start = time.perf_counter()
@@ -69,7 +72,8 @@ def average() -> dict:
 def reading() -> dict:
     """2,000 latents of 128 px with captions in shuffled batches of 64: ours against webdataset on the same tars."""
     import numpy as np
-    import webdataset as wds
+
+    wds: Any = import_module("webdataset")  # its names are made at run time, out of a type checker's sight
 
     from data.loader import DataConfig, loader
     from data.shards import ShardReader, ShardWriter

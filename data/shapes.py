@@ -397,7 +397,8 @@ def exam(seed: int, count: int, num_things: int) -> list[Scene]:
 def mark(scenes: list[Scene], pictures: np.ndarray) -> dict[str, float]:
     """Share of pictures right in each attribute, and in `all` of them at once."""
     marks = [score(asked, read(picture)) for asked, picture in zip(scenes, pictures, strict=True)]
-    return {kind: float(np.mean([one[kind] for one in marks])) for kind in marks[0]}
+    kinds = dict.fromkeys(kind for one in marks for kind in one)
+    return {kind: float(np.mean([one[kind] for one in marks if kind in one])) for kind in kinds}
 
 
 def mark_classes(class_ids: list[int], pictures: np.ndarray) -> float:

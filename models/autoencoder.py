@@ -26,14 +26,15 @@ class AutoencoderConfig:
         """Load it, frozen, in float32 (SDXL's is known to overflow in float16)."""
         from diffusers import AutoencoderKL  # slow to import, so only when one is wanted
 
-        module = AutoencoderKL.from_pretrained(
+        module: Any = AutoencoderKL.from_pretrained(
             locate(self.path),
             subfolder=self.subfolder,
             revision=self.revision,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
         )
-        return Autoencoder(module.to(memory_format=torch.channels_last), self.path)  # 1.4x faster on a CPU
+        module.to(memory_format=torch.channels_last)  # 1.4 times faster on a CPU
+        return Autoencoder(module, self.path)
 
 
 class Autoencoder(nn.Module):
