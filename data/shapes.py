@@ -285,7 +285,7 @@ _SILHOUETTES = {shape: _silhouette(shape) for shape in SHAPES}
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the reader sees: the background and the things on it, largest first; `relation` is (dx, dy) of two."""
+    """What the reader sees: the background and the things on it, largest first."""
 
     background: str
     things: tuple[Thing, ...]

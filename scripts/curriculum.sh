@@ -3,7 +3,7 @@
 #
 #   bash scripts/curriculum.sh [name]        default name: demo; the same command continues a run that stopped
 #
-# SCALE multiplies the length of every stage (SCALE=4: the run behind assets/shapes/pipeline).
+# SCALE multiplies the length of every stage.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-demo} scale=${SCALE:-1} out=outputs/${1:-demo}
