@@ -62,8 +62,8 @@ def test_two_ranks_equal_one_and_reduce_once_a_step(config, tmp_path):
     run(cfg)
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import json, sys\n"
-        "import torch.distributed as dist\n"
+        "import json, os, sys\n"
+        "from pathlib import Path\n"
         "from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n"
         "from configs.schema import compose\n"
         "from training import distributed, run\n"
@@ -78,7 +78,7 @@ def test_two_ranks_equal_one_and_reduce_once_a_step(config, tmp_path):
         "    return wrapped\n"
         "distributed.Ranks.wrap = counting\n"
         "run.run(compose('stage1', json.loads(sys.argv[1])))\n"
-        "print('reductions', sum(reductions))\n"
+        "Path(sys.argv[2], 'reductions' + os.environ['RANK']).write_text(str(sum(reductions)))\n"
     )
     overrides = [
         "name=two", f"outputs={tmp_path}", f"data.path={cfg.data.path}", "train.images=48", "train.micro_batch=2",
@@ -88,10 +88,11 @@ def test_two_ranks_equal_one_and_reduce_once_a_step(config, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, json.dumps(overrides)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, json.dumps(overrides), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("reductions 6\n") == 2, done.stdout  # 6 steps of 2 micro-batches a rank: one each, not two
+    counts = [(tmp_path / f"reductions{rank}").read_text() for rank in (0, 1)]
+    assert counts == ["6", "6"]  # 6 steps of 2 micro-batches a rank: one each, not two
     assert_same_training(cfg.folder, tmp_path / "two", 48)
 
 
