@@ -47,7 +47,7 @@ def command(source: Path, *more: str, model: str = "pixart_tiny") -> list[str]:
 
 
 def test_writes_a_pipeline_that_training_starts_from(source: Path, capsys: pytest.CaptureFixture[str]):
-    main(command(source, *SMALL, "model.text_dim=24"))
+    main(command(source, *SMALL, "model.text_dim=24", "model.patch_size=2", "model.base_size=8"))
     printed = capsys.readouterr().out
     assert "PixArt from CCDiT, modulation exact at t=0.5" in printed
     assert "(ema weights)" in printed
