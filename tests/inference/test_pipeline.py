@@ -41,7 +41,7 @@ def test_guidance_makes_pictures_follow_the_prompt(pipeline):
     for guidance in (0.0, 4.0):
         sampler = replace(pipeline.description.sampler, guidance=guidance)
         right[guidance] = shapes.mark(scenes, pipeline.generate(prompts, sampler=sampler))
-    for kind in ("background", "place", "colour"):
+    for kind in ("background", "place", "colour", "shape"):
         assert right[4.0][kind] > right[0.0][kind] + 0.2, kind
 
 
@@ -58,7 +58,7 @@ def test_the_committed_pipeline_is_as_good_as_its_evaluation_says(pipeline):
 def test_sizes_other_than_the_trained_are_whole_patches(pipeline):
     fast = replace(pipeline.description.sampler, steps=2)
     assert pipeline.generate(["a red circle"], sampler=fast, size=(64, 160)).shape == (1, 64, 160, 3)
-    with pytest.raises(ValueError, match="width=100 must be a multiple of 16, .* choose 96"):
+    with pytest.raises(ValueError, match="width=100 must be a multiple of 32, .* choose 96"):
         pipeline.generate(["a red circle"], size=(64, 100))
 
 
