@@ -43,6 +43,8 @@ def test_guidance_makes_pictures_follow_the_prompt(pipeline):
         right[guidance] = shapes.mark(scenes, pipeline.generate(prompts, sampler=sampler))
     for kind in ("background", "place", "colour", "shape"):
         assert right[4.0][kind] > right[0.0][kind] + 0.2, kind
+    assert right[0.0]["all"] < 0.2
+    assert right[4.0]["all"] > 0.5
 
 
 @pytest.mark.slow
