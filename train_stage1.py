@@ -1,6 +1,6 @@
 """Stage 1: a class-conditioned model learns what pictures look like, at the small resolution (eps prediction).
 
-    python scripts/prepare.py shapes --resolution 64 --things 1
+    python scripts/prepare.py shapes --resolution 64 --two 0
     python train_stage1.py                                        # or: torchrun --standalone --nproc_per_node=N
     python train_stage1.py data=... model=... objective=... optim=...
 

@@ -77,7 +77,7 @@ def open_shards(config: DataConfig, *, num_classes: int | None = None, verify: b
         has = "records without a class" if reader.num_classes is None else f"{reader.num_classes} classes"
         raise ValueError(
             f"data.path={config.path} has {has}, but the model is conditioned on {num_classes} classes; "
-            "prepare pictures of one thing with `python scripts/prepare.py shapes --things 1`"
+            "prepare pictures of one thing with `python scripts/prepare.py shapes --two 0`"
         )
     if config.text_states and "text" not in reader.fields:
         raise ValueError(

@@ -115,18 +115,21 @@ class _Draw:
         options = list(options)
         return options[int(self._rng.random() * len(options))]
 
+    def chance(self, share: float) -> bool:
+        return share > 0 and (share >= 1 or self._rng.random() >= 1 - share)  # what is certain takes no draw
+
     def jitter(self, scale: float) -> float:
         return scale * (2.0 * self._rng.random() - 1.0)
 
 
-def scene(seed: int, index: int, *, num_things: int | None = None, held_out: bool = False) -> Scene:
+def scene(seed: int, index: int, *, two: float = 0.5, held_out: bool = False) -> Scene:
     """Scene number `index` of the endless list that `seed` names.
 
-    `num_things` is 1 or 2, or None for half of each. With `held_out` the first thing is a pair of `HELD_OUT`;
+    `two` is the share of scenes with two things. With `held_out` the first thing is a pair of `HELD_OUT`;
     without it no thing is.
     """
     draw = _Draw(seed, index)
-    count = num_things or draw.choice((1, 2))
+    count = 1 + draw.chance(two)
     background = draw.choice(BACKGROUNDS)
     rgb = _jittered(draw, BACKGROUNDS[background])
     pairs = [draw.choice(HELD_OUT if held_out else TRAIN_PAIRS)]
@@ -391,7 +394,7 @@ def _matched(scene: Scene, reading: Reading) -> tuple[Thing, ...]:
 
 def exam(seed: int, count: int, num_things: int) -> list[Scene]:
     """Scenes with held-out pairs, whose `prompt` a model is asked to draw."""
-    return [scene(seed, index, num_things=num_things, held_out=True) for index in range(count)]
+    return [scene(seed, index, two=num_things - 1, held_out=True) for index in range(count)]
 
 
 def mark(scenes: list[Scene], pictures: np.ndarray) -> dict[str, float]:

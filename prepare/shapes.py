@@ -7,7 +7,6 @@ Pictures of one thing carry its colour and shape as a class label.
 import hashlib
 import json
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,14 +15,6 @@ import torch
 
 from data import shapes
 from data.shards import ShardReader, ShardWriter
-
-
-class Things(Enum):
-    """How many things are on a picture; the values are what `shapes.scene` takes."""
-
-    one = 1
-    two = 2
-    both = None
 
 
 class Autoencoder(Protocol):
@@ -50,7 +41,7 @@ def prepare_shapes(
     seed: int,
     vae: Autoencoder,
     text: TextEncoders | None = None,
-    things: Things = Things.both,
+    two: float = 0.5,
     batch: int = 64,
     device: torch.device | str = "cpu",
     overwrite: bool = False,
@@ -58,6 +49,7 @@ def prepare_shapes(
 ) -> bool:
     """Write `num_images` scenes to `out`, with the text states of all their captions if `text` is given.
 
+    `two` is the share of pictures with two things; at 0 they have a class.
     `progress` is told the number done after each batch. Returns False, and does nothing, if `out` already holds
     this very set; raises ValueError if it holds another, unless `overwrite`.
     """
@@ -68,22 +60,24 @@ def prepare_shapes(
         )
     if num_images < 1:
         raise ValueError(f"images={num_images} must be at least 1; 20000 is a good start")
+    if not 0 <= two <= 1:
+        raise ValueError(f"two={two} is a share of the pictures; choose from 0, one thing on each, to 1")
     recipe = {
         "data": "shapes",
         "images": num_images,
         "resolution": resolution,
         "seed": seed,
-        "things": things.name,
+        "two": two,
         "text_states": _digest(text) if text else None,
     }
     info = json.loads(json.dumps(vae.info()))  # as it will be read back
     if not overwrite and _is_prepared(Path(out), recipe, info):
         return False
-    extra = {"recipe": recipe, "num_classes": shapes.NUM_CLASSES if things is Things.one else None}
+    extra = {"recipe": recipe, "num_classes": shapes.NUM_CLASSES if two == 0 else None}
     with ShardWriter(out, resolution=resolution, vae=info, extra=extra, overwrite=overwrite) as writer:
         for first in range(0, num_images, batch):
             indices = range(first, min(first + batch, num_images))
-            for record, arrays in _encoded(indices, resolution, seed, things, vae, text, device):
+            for record, arrays in _encoded(indices, resolution, seed, two, vae, text, device):
                 writer.add(record, **arrays)
             if progress:
                 progress(indices.stop)
@@ -95,13 +89,13 @@ def _encoded(
     indices: range,
     resolution: int,
     seed: int,
-    things: Things,
+    two: float,
     vae: Autoencoder,
     text: TextEncoders | None,
     device: torch.device | str,
 ) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """Records and arrays of the scenes with the given indices, encoded as one batch."""
-    scenes = [shapes.scene(seed, index, num_things=things.value) for index in indices]
+    scenes = [shapes.scene(seed, index, two=two) for index in indices]
     pictures = np.stack([shapes.render(scene, resolution) for scene in scenes])
     pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 127.5 - 1
     arrays = {"latent": vae.encode(pixels)}

@@ -1,7 +1,7 @@
 """Prepare a data set for training: pictures are encoded once, here, and training reads their latents.
 
     python scripts/prepare.py shapes --resolution 64 --images 20000
-    python scripts/prepare.py shapes --resolution 64 --things 1 --out datasets/shapes-64-one
+    python scripts/prepare.py shapes --resolution 64 --two 0 --out datasets/shapes-64-one
 
 Running the same command again does nothing; an interrupted one starts afresh.
 """
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--resolution", type=int, default=64, help="side of the pictures in pixels")
     shapes.add_argument("--images", type=int, default=20_000, help="how many pictures")
     shapes.add_argument(
-        "--things", choices=("1", "2", "both"), default="both", help="things on a picture; 1 for classes"
+        "--two", type=float, default=0.5, metavar="SHARE", help="share of pictures with two things; 0 for classes"
     )
     shapes.add_argument("--seed", type=int, default=0, help="names the endless list of scenes")
     shapes.add_argument("--vae", default="assets/shapes", metavar="PATH", help="folder or hub name with a vae/ in it")
@@ -61,7 +61,7 @@ def _shapes(options: argparse.Namespace) -> None:
 
     from models.autoencoder import AutoencoderConfig
     from models.text import TextConfig
-    from prepare.shapes import Things, prepare_shapes
+    from prepare.shapes import prepare_shapes
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = AutoencoderConfig(path=options.vae).build().to(device)
@@ -74,7 +74,7 @@ def _shapes(options: argparse.Namespace) -> None:
             seed=options.seed,
             vae=vae,
             text=text,
-            things={"1": Things.one, "2": Things.two, "both": Things.both}[options.things],
+            two=options.two,
             device=device,
             overwrite=options.overwrite,
             progress=progress,

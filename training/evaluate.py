@@ -33,7 +33,7 @@ def subjects(cfg: RunConfig, captions: list[str]) -> Subjects:
     if cfg.sample.prompts:
         return Subjects(cfg.sample.prompts[:count], None)
     if cfg.data.exam == "shapes":
-        asked = [shapes.scene(cfg.sample.seed, i, num_things=1 + i % 2, held_out=True) for i in range(count)]
+        asked = [shapes.scene(cfg.sample.seed, i, two=i % 2, held_out=True) for i in range(count)]
         return Subjects([shapes.prompt(scene) for scene in asked], None)
     return Subjects(captions[:count], None)
 

@@ -211,7 +211,7 @@ def test_open_shards_checks_what_the_run_needs(folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             open_shards(DataConfig(**({"path": str(folder), "resolution": 32} | changes)), num_classes=num_classes)
     bare = write(tmp_path / "bare", extra={})
-    with pytest.raises(ValueError, match=r"has records without a class, but .*prepare.py shapes --things 1"):
+    with pytest.raises(ValueError, match=r"has records without a class, but .*prepare.py shapes --two 0"):
         open_shards(DataConfig(path=str(bare), resolution=32), num_classes=48)
 
 

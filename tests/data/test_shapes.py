@@ -56,21 +56,21 @@ def thing(colour="red", shape="circle", size="large", x=0.5, y=0.5) -> Thing:
 # --- the reader is right ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_things", [1, 2])
+@pytest.mark.parametrize("two", [0, 1])
 @pytest.mark.parametrize(("resolution", "count"), [(64, 400), (128, 200)])
-def test_reader_is_right(resolution, count, num_things):
+def test_reader_is_right(resolution, count, two):
     """At least 99.5 % of true pictures in all attributes, held-out pairs included."""
     right = [
         verdict(scene, shapes.render(scene, resolution))["all"]
         for held_out in (False, True)
-        for scene in scenes(count // 2, num_things=num_things, held_out=held_out)
+        for scene in scenes(count // 2, two=two, held_out=held_out)
     ]
     assert np.mean(right) >= 0.995
 
 
 def test_reader_measures():
     """Not only the names: the place to 1 %, the radius to 5 % and the colour to one grey level."""
-    for scene in scenes(50, num_things=1):
+    for scene in scenes(50, two=0):
         (seen,) = shapes.read(shapes.render(scene, 128)).things
         (true,) = scene.things
         box = shapes.read(shapes.render(replace(scene, things=(replace(true, x=0.5, y=0.5),)), 128)).things[0]
@@ -234,6 +234,7 @@ def test_all_values_occur_and_evenly():
     things = [thing for scene in drawn for thing in scene.things]
     single = [scene for scene in drawn if len(scene.things) == 1]
     assert len(single) == pytest.approx(1500, rel=0.1)
+    assert sum(len(s.things) == 1 for s in scenes(1000, two=0.25)) == pytest.approx(750, rel=0.1)
     for values, options in [
         ([thing.size for thing in things], SIZES),
         ([scene.background for scene in drawn], BACKGROUNDS),
@@ -248,8 +249,8 @@ def test_all_values_occur_and_evenly():
 
 
 def test_class_ids_number_the_pairs():
-    ids = {scene.things[0].class_id for scene in scenes(800, num_things=1)}
-    ids |= {scene.things[0].class_id for scene in scenes(100, num_things=1, held_out=True)}
+    ids = {scene.things[0].class_id for scene in scenes(800, two=0)}
+    ids |= {scene.things[0].class_id for scene in scenes(100, two=0, held_out=True)}
     assert ids == set(range(shapes.NUM_CLASSES))
 
 

@@ -52,7 +52,7 @@ def fake_stage(
         f"name: demo/{name}\nobjective: {{prediction: {prediction}, zero_terminal: {str(prediction == 'v').lower()}}}\n"
         f"data: {{resolution: {resolution}}}\n"
     )
-    scenes = [shapes.scene(7, i, num_things=1 if name == "stage1" or i % 2 == 0 else 2) for i in range(8)]
+    scenes = [shapes.scene(7, i, two=0 if name == "stage1" else i % 2) for i in range(8)]
     plain = [f"{s.things[0].colour} {s.things[0].shape}" if name == "stage1" else shapes.prompt(s) for s in scenes]
     captioned = list(zip(scenes, [*plain[:-1], last_prompt or plain[-1]], strict=True))
     slope = {"eps": [0.6, 0.3, 0.15, 0.09, 0.06, 0.04, 0.025, 0.015, 0.01, 0.006]}.get(

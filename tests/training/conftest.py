@@ -7,7 +7,7 @@ import pytest
 
 from configs.schema import compose
 from models.autoencoder import AutoencoderConfig
-from prepare.shapes import Things, prepare_shapes
+from prepare.shapes import prepare_shapes
 from training.config import RunConfig
 
 SMALL = [
@@ -30,9 +30,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with shapes-64 (one thing each, with labels) and shapes-128: 40 records each."""
     root = tmp_path_factory.mktemp("datasets")
     vae = AutoencoderConfig(path="assets/shapes").build()
-    for resolution, things in ((64, Things.one), (128, Things.both)):
+    for resolution, two in ((64, 0), (128, 0.5)):
         out = root / f"shapes-{resolution}"
-        prepare_shapes(out, resolution=resolution, num_images=40, seed=0, vae=vae, things=things)
+        prepare_shapes(out, resolution=resolution, num_images=40, seed=0, vae=vae, two=two)
     return root
 
 
