@@ -141,8 +141,10 @@ class Batches(Dataset):
             positions=torch.from_numpy(positions),
         )
         if self._config.text_states:
-            batch.text = torch.from_numpy(reader.array("text", rows, np.float32, picks))
-            batch.text_mask = torch.from_numpy(reader.array("mask", rows, picks=picks))
+            mask = reader.array("mask", rows, picks=picks)
+            longest = int(mask.sum(1).max())  # what is padding in all of them is not worth computing with
+            batch.text_mask = torch.from_numpy(mask[:, :longest])
+            batch.text = torch.from_numpy(reader.array("text", rows, np.float32, picks)[:, :longest])
             batch.pooled = torch.from_numpy(reader.array("pooled", rows, np.float32, picks))
         return batch
 

@@ -11,7 +11,7 @@ and returns (b, c, h, w). It carries `.config`, the dataclass that built it, and
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -43,6 +43,15 @@ class Cond:
     def select(self, rows: Tensor | slice) -> "Cond":
         """Rows by boolean mask (b,), by index (k,) or by slice; an index may repeat a row."""
         return self._map(lambda x: x[rows])
+
+    def cut(self, tokens: int) -> "Cond":
+        """The first `tokens` text tokens; what follows must be padding."""
+        text, mask = self.text, self.text_mask
+        return replace(
+            self,
+            text=None if text is None else text[:, :tokens],
+            text_mask=None if mask is None else mask[:, :tokens],
+        )
 
     def where(self, drop: Tensor, null: "Cond") -> "Cond":
         """Take the single row of `null` wherever `drop` (b,) bool is True: classifier-free guidance's dropout."""

@@ -18,12 +18,14 @@ from models.text import Conditioner
 
 def condition(batch: Batch, conditioner: Conditioner, dropout: float, seed: int, device: torch.device) -> Cond:
     """The batch's condition, with a share `dropout` of its rows replaced by the null."""
+    null = conditioner.null(device)
     if batch.text is not None and conditioner.text is not None:
         cond = Cond(text=batch.text, text_mask=batch.text_mask, pooled=batch.pooled).to(device)
+        null = null.cut(batch.text.shape[1])
     else:
         cond = conditioner(batch.captions, batch.class_id.to(device))
     drop = uniform(seed, "drop", batch.positions.numpy()) < dropout
-    return cond.where(torch.from_numpy(drop).to(device), conditioner.null(device))
+    return cond.where(torch.from_numpy(drop).to(device), null)
 
 
 def losses(

@@ -1,7 +1,7 @@
 """Trains the small frozen parts that stand beside this file, on captioned shapes.
 
     python assets/shapes/make.py vae  [--steps 16000] [--more]   an AutoencoderKL, f = 8
-    python assets/shapes/make.py text [--steps 1500]             two CLIP text encoders and their tokenizer
+    python assets/shapes/make.py text [--steps 1000]             two CLIP text encoders and their tokenizer
     python assets/shapes/make.py pipeline --run outputs/long/stage3   the averaged weights of a finished run
 
 The first two are ordinary diffusers and transformers classes in their ordinary folder layout, so the code that loads
@@ -157,7 +157,7 @@ def new_encoders(vocabulary: int) -> tuple[nn.Module, nn.Module]:
 
     def config(width: int, activation: str) -> CLIPTextConfig:
         return CLIPTextConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=3,
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
             num_attention_heads=width // 32, max_position_embeddings=LENGTH, projection_dim=width,
             hidden_act=activation, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
@@ -185,7 +185,7 @@ def train_text(steps: int, batch: int = 96, lr: float = 1e-3) -> None:
     towers = nn.ModuleList([new_image_tower(64), new_image_tower(128)])
     temperature = nn.Parameter(torch.tensor(2.5))
     parameters = [*small.parameters(), *large.parameters(), *towers.parameters(), temperature]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
     cosine = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
 
     def embeddings(scenes, captions: list[str]) -> list[tuple[Tensor, Tensor]]:
@@ -261,7 +261,7 @@ if __name__ == "__main__":
     if options.part == "vae":
         train_vae(options.steps or 16_000, options.more)
     elif options.part == "text":
-        train_text(options.steps or 1_500)
+        train_text(options.steps or 1_000)
     else:
         keep_pipeline(options.run)
     readable_by_all(HERE)

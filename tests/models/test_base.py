@@ -36,6 +36,14 @@ def test_select_by_mask_index_and_slice():
     assert cond(1).select(torch.zeros(3, dtype=torch.int64)).text.shape[0] == 3  # one row, repeated
 
 
+def test_cut_keeps_the_first_tokens_and_all_else():
+    batch = cond(3)
+    cut = batch.cut(2)
+    assert torch.equal(cut.text, batch.text[:, :2])
+    assert torch.equal(cut.text_mask, batch.text_mask[:, :2])
+    assert cut.pooled is batch.pooled
+
+
 def test_cat_then_select_gives_back_the_parts():
     a, b = cond(2, seed=1), cond(3, seed=2)
     joined = Cond.cat([a, b])

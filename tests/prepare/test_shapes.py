@@ -188,7 +188,7 @@ def fakes(monkeypatch):
 
 def test_command_prepares_and_tells_what_to_do_next(fakes, tmp_path, capsys):
     out = str(tmp_path / "set")
-    command = ["shapes", "--out", out, "--resolution", "32", "--images", "100", "--things", "1", "--text-states"]
+    command = ["shapes", "--out", out, "--resolution", "32", "--images", "100", "--two", "0", "--text-states"]
     prepare.main(command)
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"{out} holds 100 pictures. Train on it with data.path={out}"
