@@ -45,7 +45,7 @@ class Cond:
         return self._map(lambda x: x[rows])
 
     def cut(self, tokens: int) -> "Cond":
-        """The first `tokens` text tokens; what follows must be padding."""
+        """The first `tokens` text tokens, the rest being padding."""
         text, mask = self.text, self.text_mask
         return replace(
             self,

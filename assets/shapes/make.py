@@ -2,7 +2,7 @@
 
     python assets/shapes/make.py vae  [--steps 16000] [--more]   an AutoencoderKL, f = 8
     python assets/shapes/make.py text [--steps 1000]             two CLIP text encoders and their tokenizer
-    python assets/shapes/make.py pipeline --run outputs/long/stage3   the averaged weights of a finished run
+    python assets/shapes/make.py pipeline --run outputs/demo/stage3   the averaged weights of a finished run
 
 The first two are ordinary diffusers and transformers classes in their ordinary folder layout, so the code that loads
 them is the code that loads SDXL's. They see the training split alone: the held-out pairs stay unseen. `--more` goes on
@@ -256,7 +256,7 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=("vae", "text", "pipeline"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--more", action="store_true")
-    parser.add_argument("--run", type=Path, default=Path("outputs/long/stage3"))
+    parser.add_argument("--run", type=Path, default=Path("outputs/demo/stage3"))
     options = parser.parse_args()
     if options.part == "vae":
         train_vae(options.steps or 16_000, options.more)

@@ -6,6 +6,7 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from data import draws
@@ -29,6 +30,11 @@ def read(reader, *, start=0, stop=96, batch_size=12, micro_batch=3, config=CONFI
 def joined(batches) -> dict:
     """All micro-batches as one, sorted by position."""
     batches = list(batches)
+    for batch in batches:
+        if batch.text is not None:
+            batch.text = batch.text.masked_fill(
+                ~batch.text_mask[..., None], 0
+            )  # what padding holds is nobody's business
     turn = torch.cat([batch.positions for batch in batches]).argsort()
     all_of = {}
     for field in fields(Batch):
@@ -37,7 +43,8 @@ def joined(batches) -> dict:
             captions = [caption for part in parts for caption in part]
             all_of["captions"] = [captions[i] for i in turn]
         else:
-            all_of[field.name] = torch.cat(parts)[turn]
+            rows = [row for part in parts for row in part]  # the texts of two batches may differ in length
+            all_of[field.name] = (pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows))[turn]
     return all_of
 
 

@@ -80,8 +80,11 @@ def test_text_states_are_those_of_each_caption(tmp_path):
     config = DataConfig(path=str(tmp_path), resolution=RESOLUTION, text_states=True)
     (batch,) = loader(config, open_shards(config), 0, start=0, stop=16, batch_size=16, micro_batch=16)
     text, mask, pooled = Letters().encode(batch.captions)
-    assert torch.equal(batch.text, text)
-    assert torch.equal(batch.text_mask, mask)
+    longest = batch.text.shape[1]
+    assert torch.equal(batch.text, text[:, :longest])
+    assert torch.equal(batch.text_mask, mask[:, :longest])
+    assert batch.text_mask[:, -1].any()
+    assert not mask[:, longest:].any()
     assert torch.equal(batch.pooled, pooled)
 
 
