@@ -10,7 +10,6 @@ import pytest
 
 from data import shapes
 from diffusion.sample import Sampler
-from diffusion.sample import Sampler
 from inference.pipeline import Pipeline
 
 ASSETS = Path("assets/shapes/pipeline")
