@@ -142,7 +142,7 @@ class Batches(Dataset):
         )
         if self._config.text_states:
             mask = reader.array("mask", rows, picks=picks)
-            longest = 1 + int(mask.any(0).nonzero()[0].max(initial=0))  # after that, padding in all of them
+            longest = 1 + int(np.flatnonzero(mask.any(axis=0)).max(initial=0))  # after that, padding in all of them
             batch.text_mask = torch.from_numpy(mask[:, :longest])
             batch.text = torch.from_numpy(reader.array("text", rows, np.float32, picks)[:, :longest])
             batch.pooled = torch.from_numpy(reader.array("pooled", rows, np.float32, picks))
