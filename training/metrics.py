@@ -5,6 +5,7 @@ Sums stay on the device and are read once per log line, so a step never waits fo
 
 import json
 import resource
+import secrets
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -89,7 +90,9 @@ class Journal:
             import wandb
 
             mode = "offline" if config.offline else "online"
-            self._backend = wandb.init(project=config.project, name=name, dir=folder, mode=mode, resume="allow")
+            self._backend = wandb.init(
+                project=config.project, name=name, id=_wandb_id(folder), dir=folder, mode=mode, resume="allow"
+            )
         elif config.kind is LoggerKind.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -168,6 +171,14 @@ class _Bar:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+def _wandb_id(folder: Path) -> str:
+    """The id of this folder's run: without it, a run that continues would be another one to wandb."""
+    path = folder / "wandb-id.txt"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()
 
 
 def _forget_after(path: Path, images_seen: int) -> None:
