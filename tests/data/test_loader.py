@@ -30,11 +30,9 @@ def read(reader, *, start=0, stop=96, batch_size=12, micro_batch=3, config=CONFI
 def joined(batches) -> dict:
     """All micro-batches as one, sorted by position."""
     batches = list(batches)
-    for batch in batches:
+    for batch in batches:  # what padding holds is nobody's business
         if batch.text is not None:
-            batch.text = batch.text.masked_fill(
-                ~batch.text_mask[..., None], 0
-            )  # what padding holds is nobody's business
+            batch.text = batch.text.masked_fill(~batch.text_mask[..., None], 0)
     turn = torch.cat([batch.positions for batch in batches]).argsort()
     all_of = {}
     for field in fields(Batch):

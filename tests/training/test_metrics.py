@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from training.run import run
 
 
-def test_a_run_that_continues_is_one_run_to_wandb(config, tmp_path, monkeypatch):
+def test_a_run_that_continues_is_one_run_to_wandb(config, monkeypatch):
     begun, logged = [], []
 
     def init(**options):
