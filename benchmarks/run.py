@@ -75,7 +75,7 @@ def reading() -> dict:
 
     wds: Any = import_module("webdataset")  # its names are made at run time, out of a type checker's sight
 
-    from data.loader import DataConfig, loader
+    from data.loader import Batches, DataConfig
     from data.shards import ShardReader, ShardWriter
 
     folder = Path(tempfile.mkdtemp())
@@ -86,7 +86,7 @@ def reading() -> dict:
     reader, config = ShardReader(folder), DataConfig(path=str(folder), resolution=128)
 
     def ours() -> None:
-        for _ in loader(config, reader, 0, start=0, stop=2000, batch_size=50, micro_batch=50):
+        for _ in Batches(config, reader, 0, start=0, stop=2000, batch_size=50, micro_batch=50).loader():
             pass
 
     def usual() -> None:

@@ -94,7 +94,11 @@ def open_shards(config: DataConfig, *, num_classes: int | None = None, verify: b
 
 
 class Batches(Dataset):
-    """Micro-batches of one process by number, as `torch.utils.data` wants them; see `loader`."""
+    """Micro-batches of one process, from image `start` of the run to the end of the step that reaches `stop`.
+
+    `batch_size` counts the images of one optimiser step over all processes; each process gets
+    `batch_size / (world * micro_batch)` micro-batches a step.
+    """
 
     def __init__(
         self,
@@ -119,6 +123,11 @@ class Batches(Dataset):
         self._first = rank * (batch_size // world)
         self._micro_batches = batch_size // (world * micro_batch)
         self._steps = max(0, -(-(stop - start) // batch_size))
+
+    def loader(self) -> DataLoader:
+        """All of them in order, read by `data.workers` processes."""
+        # a generator of its own: otherwise every iterator takes a number from torch's global one
+        return DataLoader(self, batch_size=None, num_workers=self._config.workers, generator=torch.Generator())
 
     def __len__(self) -> int:
         return self._steps * self._micro_batches
@@ -162,35 +171,3 @@ class Batches(Dataset):
             )
         edges = weights.cumsum()
         return np.searchsorted(edges / edges[-1], u, side="right")
-
-
-def loader(
-    config: DataConfig,
-    reader: ShardReader,
-    seed: int,
-    *,
-    start: int,
-    stop: int,
-    batch_size: int,
-    micro_batch: int,
-    rank: int = 0,
-    world: int = 1,
-) -> DataLoader:
-    """Micro-batches of one process, in order, from image `start` of the run to the end of the step that reaches `stop`.
-
-    `batch_size` counts the images of one optimiser step over all processes; each process gets
-    `batch_size / (world * micro_batch)` micro-batches a step.
-    """
-    batches = Batches(
-        config,
-        reader,
-        seed,
-        start=start,
-        stop=stop,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        rank=rank,
-        world=world,
-    )
-    # a generator of its own: otherwise every iterator takes a number from torch's global one
-    return DataLoader(batches, batch_size=None, num_workers=config.workers, generator=torch.Generator())

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from data.loader import Batch, loader, open_shards
+from data.loader import Batch, Batches, open_shards
 from data.shards import ShardReader
 from diffusion.objective import Objective
 from inference.pipeline import Description, Pipeline, plain
@@ -110,10 +110,10 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     sums, clock, logged_at = LossSums(ranks.device), time.perf_counter(), state.images_seen
     stop = min(cfg.train.images, cfg.train.stop_at or cfg.train.images)
     batches = iter(
-        loader(
+        Batches(
             cfg.data, reader, cfg.seed, start=state.images_seen, stop=stop,
             batch_size=cfg.train.batch_size, micro_batch=micro_batch, rank=ranks.rank, world=ranks.world,
-        )
+        ).loader()
     )  # fmt: skip
 
     while state.images_seen < stop:

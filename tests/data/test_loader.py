@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from data import draws
-from data.loader import Batch, Batches, DataConfig, loader, open_shards
+from data.loader import Batch, Batches, DataConfig, open_shards
 from data.shards import ShardReader, ShardWriter
 from tests.data.conftest import CAPTIONS, COUNT, latent, write
 
@@ -24,7 +24,7 @@ def reader(folder):
 
 def read(reader, *, start=0, stop=96, batch_size=12, micro_batch=3, config=CONFIG, seed=1, **processes):
     sizes = {"batch_size": batch_size, "micro_batch": micro_batch}
-    return list(loader(config, reader, seed, start=start, stop=stop, **sizes, **processes))
+    return list(Batches(config, reader, seed, start=start, stop=stop, **sizes, **processes).loader())
 
 
 def joined(batches) -> dict:

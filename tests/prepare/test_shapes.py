@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data import shapes
-from data.loader import DataConfig, loader, open_shards
+from data.loader import Batches, DataConfig, open_shards
 from data.shards import ShardReader
 from prepare.shapes import prepare_shapes
 from scripts import prepare
@@ -78,7 +78,7 @@ def test_records_are_the_scenes_of_the_seed(tmp_path, two):
 def test_text_states_are_those_of_each_caption(tmp_path):
     make(tmp_path, text=Letters())
     config = DataConfig(path=str(tmp_path), resolution=RESOLUTION, text_states=True)
-    (batch,) = loader(config, open_shards(config), 0, start=0, stop=16, batch_size=16, micro_batch=16)
+    batch = Batches(config, open_shards(config), 0, start=0, stop=16, batch_size=16, micro_batch=16)[0]
     text, mask, pooled = Letters().encode(batch.captions)
     longest = batch.text.shape[1]
     assert torch.equal(batch.text, text[:, :longest])
