@@ -44,17 +44,17 @@ def test_guidance_makes_pictures_follow_the_prompt(pipeline):
     for kind in ("background", "place", "colour", "shape"):
         assert right[2.0][kind] > right[0.0][kind] + 0.2, kind
     assert right[0.0]["all"] < 0.2
-    assert right[2.0]["all"] > 0.7
+    assert right[2.0]["all"] > 0.9
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "eta"), [("euler", 28, 0), ("heun", 15, 0), ("ddim", 28, 0), ("ddim", 28, 1)]
 )
 def test_every_sampler_draws_what_is_asked(pipeline, name, steps, eta):
-    scenes = [shapes.scene(5, index, two=0) for index in range(30)]
+    scenes = shapes.exam(5, 30, 1)
     sampler = replace(pipeline.description.sampler, name=Sampler[name], steps=steps, eta=eta)
     pictures = pipeline.generate([shapes.prompt(scene) for scene in scenes], sampler=sampler)
-    assert shapes.mark(scenes, pictures)["all"] > 0.85
+    assert shapes.mark(scenes, pictures)["all"] > 0.9
 
 
 @pytest.mark.slow
@@ -63,7 +63,8 @@ def test_the_committed_pipeline_is_as_good_as_its_evaluation_says(pipeline):
     scenes = shapes.exam(6, 60, 1)  # other scenes than those of the evaluation
     marks = shapes.mark(scenes, pipeline.generate([shapes.prompt(scene) for scene in scenes]))
     for kind, share in known["attributes"].items():
-        error = math.sqrt(share * (1 - share) * (1 / 60 + 1 / known["count"]))
+        likely = (share * known["count"] + 1) / (known["count"] + 2)  # all right so far is not certain
+        error = math.sqrt(likely * (1 - likely) * (1 / 60 + 1 / known["count"]))
         assert marks[kind] == pytest.approx(share, abs=4 * error + 0.01), kind
 
 
