@@ -30,6 +30,7 @@ from models.ccdit import CCDiTConfig
 from models.mmdit import MMDiTConfig
 from models.pixart import PixArtConfig
 from models.text import TextConfig
+from models.unet import UNetConfig
 from training.config import RunConfig
 from training.metrics import LoggerConfig
 from training.optim import OptimConfig
@@ -40,6 +41,7 @@ SCHEMAS = {
     "model/ccdit": CCDiTConfig,
     "model/pixart": PixArtConfig,
     "model/mmdit": MMDiTConfig,
+    "model/unet": UNetConfig,
     "objective/objective": ObjectiveConfig,
     "sampler/sampler": SamplerConfig,
     "optim/adamw": OptimConfig,

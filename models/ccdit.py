@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Cond, require_positive
+from models.embed import TIME_DIM
 from models.layers import (
     MLP,
     Final,
@@ -32,11 +33,16 @@ from models.layers import (
 
 @dataclass(slots=True, kw_only=True)
 class CCDiTConfig(TransformerConfig):
-    """DiT-XL/2 for ImageNet at 256 px, without the learnt variance. The null class is row `num_classes`."""
+    """DiT-XL/2 for ImageNet at 256 px, without the learnt variance. The null class is row `num_classes`.
+
+    as_diffusers: compute what `DiTTransformer2DModel` does where it departs from DiT: time's frequencies reach 1/10000
+    in 127 steps, not 128, and the norm before the MLP has eps 1e-5, not 1e-6.
+    """
 
     condition: ClassVar[str] = "class"
 
     num_classes: int = 1000
+    as_diffusers: bool = False
 
     def __post_init__(self) -> None:
         TransformerConfig.__post_init__(self)
@@ -49,17 +55,18 @@ class CCDiTConfig(TransformerConfig):
 class Block(nn.Module):
     """Self-attention and MLP, both modulated and gated by the condition."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: CCDiTConfig):
         super().__init__()
         hidden = config.hidden
         self.modulation = nn.Linear(hidden, 6 * hidden)
         self.attn = SelfAttention(hidden, config.heads, config.qk_norm)
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu_tanh)
+        self.mlp_eps = 1e-5 if config.as_diffusers else 1e-6
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)[:, None].chunk(6, dim=-1)
         x = gated(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa)))
-        return gated(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+        return gated(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp, self.mlp_eps)))
 
 
 class CCDiT(PatchTransformer):
@@ -69,6 +76,7 @@ class CCDiT(PatchTransformer):
 
     def __init__(self, config: CCDiTConfig):
         super().__init__(config)
+        self.time_steps = TIME_DIM // 2 - 1 if config.as_diffusers else 0
         self.class_embedding = nn.Embedding(config.num_classes + 1, config.hidden)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final = Final(config)

@@ -26,11 +26,17 @@ TIME_DIM = 256
 POSITIONS = ("centre", "corner", "crop")
 
 
-def time_embedding(t: Tensor, dim: int = TIME_DIM, max_period: float = 10000.0) -> Tensor:
+def time_embedding(t: Tensor, dim: int = TIME_DIM, steps: int = 0) -> Tensor:
     """Sinusoids of 1000 t, in float32 whatever the dtype of `t`: (b,) -> (b, dim)."""
+    return number_embedding(1000.0 * t.float(), dim, steps)
+
+
+def number_embedding(x: Tensor, dim: int, steps: int = 0) -> Tensor:
+    """Sinusoids of numbers as they are, in float32: (...) -> (..., dim). `steps`: frequencies to 1/10000, or dim/2."""
     half = dim // 2
-    frequency = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(max_period) / half))
-    angle = 1000.0 * t.float()[:, None] * frequency
+    k = torch.arange(half, device=x.device, dtype=torch.float32)
+    frequency = torch.exp(k * -math.log(1e4) / (steps or half))
+    angle = x.float()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -64,11 +70,11 @@ def position_table(
         x = coordinates(n, base, kind, table, device)
         frequency = torch.exp(torch.arange(hidden // 4, device=device, dtype=x.dtype) * (-math.log(1e4) * 4 / hidden))
         angle = x[:, None] * frequency
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(dtype)
 
     across = waves(columns)[None].expand(rows, -1, -1)
     down = waves(rows)[:, None].expand(-1, columns, -1)
-    return torch.cat([across, down], dim=-1).flatten(0, 1).to(dtype)
+    return torch.cat([across, down], dim=-1).flatten(0, 1)
 
 
 def positions(

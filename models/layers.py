@@ -25,7 +25,8 @@ class TransformerConfig(ModelConfig):
     """Fields common to the transformers; the defaults are the XL/2 size.
 
     hidden: width. qk_norm: RMS-normalise queries and keys per head, for stable training in low precision.
-    positions: see `models.embed`.
+    positions: see `models.embed`. variance: the last linear also makes DDPM's learnt variance, as in the public weights
+    of DiT and PixArt; it is kept with them and never returned.
     """
 
     hidden: int = 1152
@@ -34,6 +35,12 @@ class TransformerConfig(ModelConfig):
     mlp_ratio: int = 4
     qk_norm: bool = False
     positions: str = "centre"
+    variance: bool = False
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers that the last linear makes of a token."""
+        return self.patch_size**2 * self.in_channels * (2 if self.variance else 1)
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
@@ -53,9 +60,9 @@ class TransformerConfig(ModelConfig):
             raise ValueError(f"model.positions={self.positions!r} is not known here; choose one of {', '.join(known)}")
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """LN(x) (1 + scale) + shift; x (b, n, hidden), shift and scale (b, 1, hidden)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
 def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -100,10 +107,10 @@ class SelfAttention(nn.Module):
     `project=False` leaves the output linear away: MMDiT's last text stream gives keys and values only.
     """
 
-    def __init__(self, hidden: int, heads: int, qk_norm: bool = False, project: bool = True):
+    def __init__(self, hidden: int, heads: int, qk_norm: bool = False, project: bool = True, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=bias)
         self.q_norm = RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
         self.k_norm = RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
         self.out = nn.Linear(hidden, hidden) if project else None
@@ -123,11 +130,11 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Queries from the picture, keys and values from the text."""
 
-    def __init__(self, hidden: int, heads: int):
+    def __init__(self, hidden: int, heads: int, text_dim: int, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(hidden, hidden)
-        self.kv = nn.Linear(hidden, 2 * hidden)
+        self.q = nn.Linear(hidden, hidden, bias=bias)
+        self.kv = nn.Linear(text_dim, 2 * hidden, bias=bias)
         self.out = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
@@ -142,22 +149,46 @@ class Final(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.modulation = nn.Linear(config.hidden, 2 * config.hidden)
-        self.linear = nn.Linear(config.hidden, config.patch_size**2 * config.in_channels)
+        self.linear = nn.Linear(config.hidden, config.patch_width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(x, shift, scale))
 
 
-class PatchTransformer(nn.Module):
-    """Both ends of a transformer on latents: patches and positions in, time, and patches out."""
+class Denoiser(nn.Module):
+    """What every network of ours carries: its config, and checkpoints of its blocks in training."""
 
-    table_size = 0  # for positions="crop"
-
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+
+    def run(self, block: nn.Module, *args: Tensor | None):
+        """Call a block; in training with gradient checkpointing its activations are recomputed, not kept."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def checked(self, x: Tensor) -> Tensor:
+        """`x` (b, c, h, w) itself, if it has the channels that the network was made for."""
+        if x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"model.in_channels={self.config.in_channels} but the latent has {x.shape[1]} channels; "
+                "choose the autoencoder that the model was made for, or set in_channels"
+            )
+        return x
+
+
+class PatchTransformer(Denoiser):
+    """Both ends of a transformer on latents: patches and positions in, time, and patches out."""
+
+    config: TransformerConfig
+    table_size = 0  # for positions="crop"
+    time_steps = 0  # of the time's frequencies, where they are not as many as these
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
         p = config.patch_size
         self.patch_embed = nn.Conv2d(config.in_channels, config.hidden, kernel_size=p, stride=p)
         self.time_mlp = MLP(TIME_DIM, config.hidden, config.hidden, F.silu)
@@ -168,12 +199,7 @@ class PatchTransformer(nn.Module):
         for side in x.shape[2:]:
             if side % p:
                 raise ValueError(indivisible(p, side))
-        if x.shape[1] != config.in_channels:
-            raise ValueError(
-                f"model.in_channels={config.in_channels} but the latent has {x.shape[1]} channels; "
-                "choose the autoencoder that the model was made for, or set in_channels"
-            )
-        x = self.patch_embed(x)
+        x = self.patch_embed(self.checked(x))
         grid = (x.shape[2], x.shape[3])
         dtype = self.patch_embed.weight.dtype  # float32 under autocast: the residual stream keeps its precision
         place = positions(
@@ -182,20 +208,14 @@ class PatchTransformer(nn.Module):
         return place + x.flatten(2).mT  # `place` first: the sum takes its memory order, and all that follows too
 
     def image(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Undo the patches: (b, n, p * p * c) -> (b, c, height, width)."""
+        """Undo the patches: (b, n, p * p * c) -> (b, c, height, width), without a variance."""
         p, c = self.config.patch_size, self.config.in_channels
-        x = x.view(x.shape[0], height // p, width // p, p, p, c)
+        x = x.view(x.shape[0], height // p, width // p, p, p, -1)[..., :c]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], c, height, width)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Time to the width of the network: (b,) -> (b, hidden)."""
-        return self.time_mlp(time_embedding(t).to(self.time_mlp.fc1.weight.dtype))
-
-    def run(self, block: nn.Module, *args: Tensor | None):
-        """Call a block; in training with gradient checkpointing its activations are recomputed, not kept."""
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+        return self.time_mlp(time_embedding(t, steps=self.time_steps).to(self.time_mlp.fc1.weight.dtype))
 
     def init_linears(self) -> None:
         """DiT's start: Xavier-uniform linears (the patch embedding seen as one), no biases, a small time MLP."""
@@ -212,11 +232,11 @@ def init_small(mlp: MLP) -> None:
     nn.init.normal_(mlp.fc2.weight, std=0.02)
 
 
-def init_zero(*linears: nn.Linear) -> None:
-    """Linears that start silent."""
+def init_zero(*linears: nn.Linear | nn.Conv2d) -> None:
+    """Linears and convolutions that start silent."""
     for linear in linears:
         nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+        nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
 
 
 def text_states(text: Tensor | None, mask: Tensor | None, width: int) -> Tensor:
@@ -229,3 +249,8 @@ def text_states(text: Tensor | None, mask: Tensor | None, width: int) -> Tensor:
             "choose the text encoder that the model was made for, or set text_dim"
         )
     return text if mask is None else text.masked_fill(~mask[..., None], 0)
+
+
+def open_empty(mask: Tensor) -> Tensor:
+    """Open the rows of a key mask (b, m) that have no token: a softmax over nothing is NaN, over zeroed states not."""
+    return mask | ~mask.any(dim=-1, keepdim=True)

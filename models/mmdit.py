@@ -37,7 +37,8 @@ class MMDiTConfig(TransformerConfig):
     """SD3-medium. The family's rule is hidden = 64 depth and heads = depth.
 
     table_size: cells of SD3's fixed position table, from whose middle `positions="crop"` cuts; its public weights want
-    that and base_size 128.
+    that and base_size 128. dual: how many blocks, from the first, have a second attention of the image to itself, as
+    SD3.5-medium's 13.
     """
 
     in_channels: int = 16
@@ -48,6 +49,7 @@ class MMDiTConfig(TransformerConfig):
     text_dim: int = 4096
     pooled_dim: int = 2048
     table_size: int = 192
+    dual: int = 0
 
     def __post_init__(self) -> None:
         TransformerConfig.__post_init__(self)
@@ -58,13 +60,17 @@ class MMDiTConfig(TransformerConfig):
 
 
 class Stream(nn.Module):
-    """One modality's share of a block. With `last`, the text's in the last block: keys and values, nothing after."""
+    """One modality's share of a block, with a second attention to itself if `dual`.
 
-    def __init__(self, config: TransformerConfig, last: bool = False):
+    With `last`, the text's in the last block: keys and values, nothing after.
+    """
+
+    def __init__(self, config: TransformerConfig, last: bool = False, dual: bool = False):
         super().__init__()
         hidden = config.hidden
-        self.modulation = nn.Linear(hidden, (2 if last else 6) * hidden)
+        self.modulation = nn.Linear(hidden, (2 if last else 9 if dual else 6) * hidden)
         self.attn = SelfAttention(hidden, config.heads, config.qk_norm, project=not last)
+        self.attn2 = SelfAttention(hidden, config.heads, config.qk_norm) if dual else None
         self.mlp = None if last else MLP(hidden, config.mlp_ratio * hidden, hidden, gelu_tanh)
 
     def before(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -72,21 +78,26 @@ class Stream(nn.Module):
         shift, scale, *rest = self.modulation(c)[:, None].split(x.shape[-1], dim=-1)
         return self.attn.heads_of(modulate(x, shift, scale)), tuple(rest)
 
-    def after(self, x: Tensor, y: Tensor, gate_msa: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor) -> Tensor:
+    def after(
+        self, x: Tensor, y: Tensor, gate_msa: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, *dual: Tensor
+    ) -> Tensor:
         """What follows the attention's result y."""
         assert self.attn.out is not None
         assert self.mlp is not None
-        x = gated(x, gate_msa, self.attn.out(y))
-        return gated(x, gate_mlp, self.mlp(modulate(x, shift, scale)))
+        out = gated(x, gate_msa, self.attn.out(y))
+        if self.attn2 is not None:
+            shift2, scale2, gate2 = dual
+            out = gated(out, gate2, self.attn2(modulate(x, shift2, scale2)))
+        return gated(out, gate_mlp, self.mlp(modulate(out, shift, scale)))
 
 
 class Block(nn.Module):
     """Two streams and the attention they share."""
 
-    def __init__(self, config: TransformerConfig, last: bool):
+    def __init__(self, config: TransformerConfig, last: bool, dual: bool):
         super().__init__()
         self.text = Stream(config, last)
-        self.image = Stream(config)
+        self.image = Stream(config, dual=dual)
 
     def forward(self, text: Tensor, image: Tensor, c: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         text_qkv, text_rest = self.text.before(text, c)
@@ -108,7 +119,9 @@ class MMDiT(PatchTransformer):
         self.table_size = config.table_size
         self.pooled_mlp = MLP(config.pooled_dim, config.hidden, config.hidden, F.silu)
         self.text_embed = nn.Linear(config.text_dim, config.hidden)
-        self.blocks = nn.ModuleList(Block(config, last=i == config.depth - 1) for i in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config, last=i == config.depth - 1, dual=i < config.dual) for i in range(config.depth)
+        )
         self.final = Final(config)
         self.reset_parameters()
 

@@ -28,6 +28,7 @@ from models.layers import (
     init_small,
     init_zero,
     modulate,
+    open_empty,
     text_states,
 )
 
@@ -54,7 +55,7 @@ class Block(nn.Module):
         hidden = config.hidden
         self.table = nn.Parameter(torch.empty(6, hidden))
         self.attn = SelfAttention(hidden, config.heads, config.qk_norm)
-        self.cross_attn = CrossAttention(hidden, config.heads)
+        self.cross_attn = CrossAttention(hidden, config.heads, hidden)
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu_tanh)
 
     def forward(self, x: Tensor, m: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
@@ -70,7 +71,7 @@ class Final(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.table = nn.Parameter(torch.empty(2, config.hidden))
-        self.linear = nn.Linear(config.hidden, config.patch_size**2 * config.in_channels)
+        self.linear = nn.Linear(config.hidden, config.patch_width)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (time[:, None] + self.table).chunk(2, dim=1)
@@ -112,8 +113,3 @@ class PixArt(PatchTransformer):
         for block in self.blocks:
             x = self.run(block, x, m, text, mask)
         return self.image(self.final(x, time), *x_t.shape[2:])
-
-
-def open_empty(mask: Tensor) -> Tensor:
-    """Open the rows of a key mask (b, m) that have no token: a softmax over nothing is NaN, over zeroed states not."""
-    return mask | ~mask.any(dim=-1, keepdim=True)

@@ -32,6 +32,7 @@ from models.base import Cond, ModelConfig
 from models.ccdit import CCDiT
 from models.mmdit import MMDiT
 from models.pixart import PixArt
+from models.unet import SIZE_DIM
 from models.weights import unwrap
 
 MODES = ("anchor", "mean")
@@ -46,7 +47,9 @@ ADAPTABLE = {
     "table_size",
     "text_dim",
     "pooled_dim",
+    "vector_dim",
     "num_classes",
+    "linear_projection",
 }
 
 
@@ -257,7 +260,9 @@ def remarks(source: nn.Module, target: nn.Module) -> list[str]:
             f"positions will count 0..{new.base_size // new.patch_size - 1}, not the 0..{grid - 1} learnt;"
             f" model.base_size={grid * new.patch_size} keeps them at every resolution"
         )
-    for name in ("positions", "text_dim", "pooled_dim", "num_classes"):
+    if getattr(old, "as_diffusers", False) != getattr(new, "as_diffusers", False):
+        notes.append("time gets other frequencies: those of model.as_diffusers=true are its alone")
+    for name in ("positions", "text_dim", "pooled_dim", "vector_dim", "num_classes"):
         before, after = getattr(old, name, None), getattr(new, name, None)
         if None not in (before, after) and before != after:
             notes.append(f"{name} {before} -> {after}: what depends on it does not mean the same any more")
@@ -327,8 +332,12 @@ def null_condition(config: ModelConfig, rows: int, tokens: int = 77) -> Cond:
     """A condition that says nothing, without any text encoder: the null class, or `tokens` states of zeros."""
     if config.condition == "class":
         return Cond()
-    text, pooled = getattr(config, "text_dim", 0), getattr(config, "pooled_dim", 0)
-    return Cond(text=torch.zeros(rows, tokens, text), pooled=torch.zeros(rows, pooled) if pooled else None)
+    cond = Cond(text=torch.zeros(rows, tokens, getattr(config, "text_dim", 0)))
+    if pooled := getattr(config, "pooled_dim", 0):
+        cond.pooled = torch.zeros(rows, pooled)
+    if vector := getattr(config, "vector_dim", 0):  # of one number, since the config does not say how many
+        cond.pooled, cond.size_ids = torch.zeros(rows, vector - SIZE_DIM), torch.zeros(rows, 1)
+    return cond
 
 
 def null_time(denoiser: CCDiT | PixArt, times: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def load_strict(model: nn.Module, tensors: Mapping[str, Tensor], source: str, as
         ],
     }
     if any(problems.values()):
-        lists = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in problems.items() if keys)
+        lists = "; ".join(f"{len(keys)} {kind}: {first_names(keys)}" for kind, keys in problems.items() if keys)
         raise ValueError(f"{source} does not fit {type(model).__name__}: {lists}. {_likely_cause(**problems)}")
     model.load_state_dict(tensors, assign=assign)
 
@@ -101,7 +101,7 @@ def read_config(folder: Path) -> ModelConfig:
     known = {field.name for field in fields(config_class)}
     if unknown := sorted(described.keys() - known):
         raise ValueError(
-            f"{path} has keys that {class_name} lacks: {_first(unknown)}; was it saved by a newer version?"
+            f"{path} has keys that {class_name} lacks: {first_names(unknown)}; was it saved by a newer version?"
         )
     return config_class(**described)
 
@@ -146,7 +146,8 @@ def _appearing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _first(names: list[str], count: int = 10) -> str:
+def first_names(names: list[str], count: int = 10) -> str:
+    """The first ten of many names, for a message."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 

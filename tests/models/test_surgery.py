@@ -11,11 +11,13 @@ from models.ccdit import CCDiT, CCDiTConfig
 from models.mmdit import MMDiTConfig
 from models.pixart import PixArt, PixArtConfig
 from models.surgery import GRID, MODES, block_r2, gap, modulations, null_condition, transfer
+from models.unet import UNetConfig
 
 SIZE = {"hidden": 32, "depth": 3, "heads": 4, "base_size": 8, "qk_norm": True}
 CCDIT = CCDiTConfig(**SIZE, num_classes=5)
 PIXART = PixArtConfig(**SIZE, text_dim=12)
 MMDIT = MMDiTConfig(**{"in_channels": 4, **SIZE, "text_dim": 12, "pooled_dim": 6})
+UNET = UNetConfig(channels=[16, 32], depths=[0, 1], heads=[2, 4], text_dim=12, vector_dim=262, groups=8)
 TIMES = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
 
 
@@ -42,7 +44,7 @@ def differences(source: nn.Module, target: nn.Module, side: int = 8, times: torc
     return gap(source, target, Cond(), cond, times, (2, 4, side, side), torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("config", [CCDIT, PIXART, MMDIT], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("config", [CCDIT, PIXART, MMDIT, UNET], ids=lambda config: type(config).__name__)
 def test_same_class_is_bit_equal(config):
     source, target = stirred(config.build()), config.build().double()
     account = transfer(source, target)
@@ -266,6 +268,7 @@ def test_notes_name_what_counts_do_not_say():
         (CCDIT, replace(CCDIT, hidden=64), {}, "model.hidden=64 where the source CCDiT has hidden=32"),
         (CCDIT, replace(PIXART, heads=2), {}, "model.heads=2 .* heads=4"),  # all shapes fit, but for the norms
         (PIXART, replace(PIXART, qk_norm=False, depth=1), {}, "model.depth=1, model.qk_norm=False"),
+        (UNET, PIXART, {}, "no transfer exists from UNet to PixArt"),
         (PIXART, CCDIT, {}, "no transfer exists from PixArt to CCDiT.*init.from=null"),
         (PIXART, MMDIT, {}, "no transfer exists from PixArt to MMDiT"),
         (CCDIT, PIXART, {"mode": "median"}, "mode='median'.*anchor, mean"),
