@@ -14,6 +14,8 @@ trained without a mask.
 """
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +151,10 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(Transformer(width, depth, heads, config) for depth in depths if depth)
         self.resample = nn.Conv2d(width, width, 3, stride=resample, padding=1) if resample else None
 
+    def layers(self) -> list[tuple[nn.Module, nn.Module | None]]:
+        """Each residual block, and the transformer behind it where there is one."""
+        return list(zip_longest(self.res, self.attn))
+
 
 class UNet(Denoiser):
     """Denoiser conditioned on text states through cross-attention, and on a vector beside the time in SDXL."""
@@ -199,18 +205,18 @@ class UNet(Denoiser):
         e = F.silu(self.embed(t, cond))
         x = self.conv_in(self.checked(x_t))
         kept = [x]
-        for level in self.down:
-            for i in range(len(level.res)):
-                x = self.layer(level, i, x, e, text, mask)
+        for level in cast("list[Level]", self.down):
+            for layer in level.layers():
+                x = self.layer(layer, x, e, text, mask)
                 kept.append(x)
             if level.resample is not None:
                 x = level.resample(x)
                 kept.append(x)
-        for i in range(2):
-            x = self.layer(self.middle, i, x, e, text, mask)
-        for level in self.up:
-            for i in range(len(level.res)):
-                x = self.layer(level, i, torch.cat([x, kept.pop()], dim=1), e, text, mask)
+        for layer in self.middle.layers():
+            x = self.layer(layer, x, e, text, mask)
+        for level in cast("list[Level]", self.up):
+            for layer in level.layers():
+                x = self.layer(layer, torch.cat([x, kept.pop()], dim=1), e, text, mask)
             if level.resample is not None:
                 x = level.resample(F.interpolate(x, size=kept[-1].shape[2:]))  # an odd side is not twice its half
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -232,7 +238,10 @@ class UNet(Denoiser):
             )
         return e + self.vector_mlp(vector.to(dtype))
 
-    def layer(self, level: nn.Module, i: int, x: Tensor, e: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """Residual block i of a level and the transformer behind it, where there is one."""
-        x = self.run(level.res[i], x, e)
-        return self.run(level.attn[i], x, text, mask) if i < len(level.attn) else x
+    def layer(
+        self, layer: tuple[nn.Module, nn.Module | None], x: Tensor, e: Tensor, text: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """One residual block and the transformer behind it."""
+        res, attn = layer
+        x = self.run(res, x, e)
+        return x if attn is None else self.run(attn, x, text, mask)
