@@ -107,12 +107,17 @@ def call_public(module: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return out.sample[:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("size", [(8, 8), (12, 20), (6, 10)])
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [
+        (case, size)
+        for case in CASES
+        for size in ((8, 8), (12, 20), (6, 10))
+        if size == (8, 8) or not case.startswith("dit")  # the public DiT takes squares only
+    ],
+)
 def test_outputs_and_gradients_are_the_twins(case, size):
     theirs = public(case)
-    if case.startswith("dit") and size[0] != size[1]:
-        pytest.skip("the public DiT takes squares only")
     ours = from_diffusers(theirs).eval()
     x, t, cond = inputs(*size)
     if "sd3" in case:
