@@ -34,7 +34,7 @@ class Twin:
     """A class of ours and a public one.
 
     rules(config): see above. to_public(config): options of the public class. to_ours(options): our config; it may
-    rewrite the options, all of which it is given, the way `to_public` writes them. constants(config): public tensors
+    rewrite the options, all of which it is given, the way `to_public` writes them. constants(config): public buffers
     that ours computes.
     """
 
@@ -68,7 +68,7 @@ def from_diffusers(module: nn.Module) -> nn.Module:
     if extra := sorted(public.keys() - taken):
         raise ValueError(f"{name} has {len(extra)} tensors with no place in ours: {first_names(extra)}")
     load_strict(denoiser, tensors, source=name, assign=True)
-    return denoiser
+    return denoiser.train(module.training)
 
 
 def to_diffusers(denoiser: nn.Module) -> nn.Module:
@@ -82,15 +82,19 @@ def to_diffusers(denoiser: nn.Module) -> nn.Module:
     with torch.device("meta"):
         module = getattr(diffusers, twin.public)(**twin.to_public(inner.config))
     public = module.state_dict()
-    dtype = next(inner.parameters()).dtype
-    tensors = {name: constant.to(dtype) for name, constant in twin.constants(inner.config).items()}
+    tensors = {}
     for ours, tensor in inner.state_dict().items():
         place = _place(ours, twin.rules(inner.config), public)
         if missing := [part for part in place.names if part not in public]:
             raise ValueError(f"{twin.public} has no {first_names(missing)} for our {ours}")
         tensors |= place.write(tensor, {part: public[part].shape for part in place.names})
+    for name, constant in twin.constants(inner.config).items():
+        owner, _, leaf = name.rpartition(".")
+        constant = constant.to(next(inner.parameters()))
+        module.get_submodule(owner).register_buffer(leaf, constant, persistent=name in public)
+        tensors |= {name: constant} if name in public else {}
     module.load_state_dict(tensors, assign=True)
-    return module
+    return module.train(inner.training)
 
 
 @dataclass(slots=True)
@@ -117,7 +121,7 @@ class Place:
         """The public tensors that ours is made of."""
         tensor = _halves_swapped(tensor) if self.swapped else tensor
         rows = [shape[0] for shape in shapes.values()]
-        parts = [tensor] * len(rows) if self.tied else tensor.split(rows)
+        parts = [tensor.clone() for _ in rows] if self.tied else tensor.split(rows)  # files refuse shared memory
         return {name: part.reshape(shapes[name]) for name, part in zip(self.names, parts, strict=True)}
 
 
@@ -402,6 +406,11 @@ def _mmdit_to_ours(options: dict[str, Any]) -> MMDiTConfig:
     )
 
 
+def _sample_positions(config: TransformerConfig) -> dict[str, Tensor]:
+    side = config.base_size // config.patch_size
+    return {"pos_embed.pos_embed": position_table((side, side), side, config.hidden, "corner")[None]}
+
+
 def _mmdit_constants(config: MMDiTConfig) -> dict[str, Tensor]:
     table, base = config.table_size, config.base_size // config.patch_size
     return {"pos_embed.pos_embed": position_table((table, table), base, config.hidden, "crop", table)[None]}
@@ -409,7 +418,9 @@ def _mmdit_constants(config: MMDiTConfig) -> dict[str, Tensor]:
 
 TWINS = (
     Twin(UNetConfig, "UNet2DConditionModel", _unet_rules, _unet_to_public, _unet_to_ours),
-    Twin(CCDiTConfig, "DiTTransformer2DModel", _dit_rules, _dit_to_public, _dit_to_ours),
-    Twin(PixArtConfig, "PixArtTransformer2DModel", _pixart_rules, _pixart_to_public, _pixart_to_ours),
+    Twin(CCDiTConfig, "DiTTransformer2DModel", _dit_rules, _dit_to_public, _dit_to_ours, _sample_positions),
+    Twin(
+        PixArtConfig, "PixArtTransformer2DModel", _pixart_rules, _pixart_to_public, _pixart_to_ours, _sample_positions
+    ),
     Twin(MMDiTConfig, "SD3Transformer2DModel", _mmdit_rules, _mmdit_to_public, _mmdit_to_ours, _mmdit_constants),
 )
