@@ -55,9 +55,9 @@ def from_diffusers(module: nn.Module) -> nn.Module:
     config = _read_config(module, twin)
     with torch.device("meta"):
         denoiser = config.build()
-    public, taken, tensors = module.state_dict(), set(), {}
+    public, rules, taken, tensors = module.state_dict(), twin.rules(config), set(), {}
     for ours, like in denoiser.state_dict().items():
-        place = _place(ours, twin.rules(config), public)
+        place = _place(ours, rules, public)
         taken.update(place.names)
         if all(part in public for part in place.names):
             tensors[ours] = place.read(public, like.shape)
@@ -81,10 +81,9 @@ def to_diffusers(denoiser: nn.Module) -> nn.Module:
         raise ValueError(f"{type(inner).__name__} has no public twin; reparameterize it to one that has")
     with torch.device("meta"):
         module = getattr(diffusers, twin.public)(**twin.to_public(inner.config))
-    public = module.state_dict()
-    tensors = {}
+    public, rules, tensors = module.state_dict(), twin.rules(inner.config), {}
     for ours, tensor in inner.state_dict().items():
-        place = _place(ours, twin.rules(inner.config), public)
+        place = _place(ours, rules, public)
         if missing := [part for part in place.names if part not in public]:
             raise ValueError(f"{twin.public} has no {first_names(missing)} for our {ours}")
         tensors |= place.write(tensor, {part: public[part].shape for part in place.names})
@@ -159,36 +158,38 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-# --- the UNet of Stable Diffusion --------------------------------------------------------------------------
-
-
-def _unet_rules(_: UNetConfig) -> Rules:
-    return _UNET_RULES
-
-
-_UNET_RULES = (
-    (r"^down\.", "down_blocks."),
-    (r"^middle\.", "mid_block."),
-    (r"^up\.", "up_blocks."),
-    (r"^(down_blocks\.\d+)\.resample\.", r"\1.downsamplers.0.conv."),
-    (r"^(up_blocks\.\d+)\.resample\.", r"\1.upsamplers.0.conv."),
-    (r"\.res\.", ".resnets."),
-    (r"\.time\.", ".time_emb_proj."),
-    (r"\.skip\.", ".conv_shortcut."),
-    (r"\.attn\.(\d+)\.", r".attentions.\1."),
-    (r"\.blocks\.", ".transformer_blocks."),
-    (r"\.attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
+_COMMON_RULES = (
+    (r"^patch_embed\.", "pos_embed.proj."),
+    (r"(^|\.)blocks\.", r"\1transformer_blocks."),
     (r"\.qkv\.", ".to_{q,k,v}."),
     (r"\.kv\.", ".to_{k,v}."),
     (r"\.q\.", ".to_q."),
     (r"\.out\.", ".to_out.0."),
     (r"\.mlp\.fc1\.", ".ff.net.0.proj."),
     (r"\.mlp\.fc2\.", ".ff.net.2."),
-    (r"^time_mlp\.fc", "time_embedding.linear_"),
-    (r"^vector_mlp\.fc", "add_embedding.linear_"),
-    (r"^norm_out\.", "conv_norm_out."),
 )
+_ATTN_RULES = (*_COMMON_RULES, (r"\.attn\.", ".attn1."), (r"\.cross_attn\.", ".attn2."))
+
+
+# --- the UNet of Stable Diffusion --------------------------------------------------------------------------
+
+
+def _unet_rules(_: UNetConfig) -> Rules:
+    return (
+        (r"^down\.", "down_blocks."),
+        (r"^middle\.", "mid_block."),
+        (r"^up\.", "up_blocks."),
+        (r"^(down_blocks\.\d+)\.resample\.", r"\1.downsamplers.0.conv."),
+        (r"^(up_blocks\.\d+)\.resample\.", r"\1.upsamplers.0.conv."),
+        (r"\.res\.", ".resnets."),
+        (r"\.time\.", ".time_emb_proj."),
+        (r"\.skip\.", ".conv_shortcut."),
+        (r"\.attn\.(\d+)\.", r".attentions.\1."),
+        *_ATTN_RULES,
+        (r"^time_mlp\.fc", "time_embedding.linear_"),
+        (r"^vector_mlp\.fc", "add_embedding.linear_"),
+        (r"^norm_out\.", "conv_norm_out."),
+    )
 
 
 def _unet_to_public(config: UNetConfig) -> dict[str, Any]:
@@ -249,17 +250,6 @@ def _unet_to_ours(options: dict[str, Any]) -> UNetConfig:
 
 # --- transformers ------------------------------------------------------------------------------------------
 
-_COMMON_RULES = (
-    (r"^patch_embed\.", "pos_embed.proj."),
-    (r"^blocks\.", "transformer_blocks."),
-    (r"\.qkv\.", ".to_{q,k,v}."),
-    (r"\.kv\.", ".to_{k,v}."),
-    (r"\.q\.", ".to_q."),
-    (r"\.out\.", ".to_out.0."),
-    (r"\.mlp\.fc1\.", ".ff.net.0.proj."),
-    (r"\.mlp\.fc2\.", ".ff.net.2."),
-)
-
 
 def _sizes(config: TransformerConfig) -> dict[str, Any]:
     """Options that the three public classes share."""
@@ -297,13 +287,12 @@ def _no_qk_norm(config: TransformerConfig, public: str) -> None:
 def _dit_rules(_: CCDiTConfig) -> Rules:
     embedder = "transformer_blocks.*.norm1.emb"
     return (
-        *_COMMON_RULES,
+        *_ATTN_RULES,
         (r"^time_mlp\.fc", f"{embedder}.timestep_embedder.linear_"),
         (r"^class_embedding\.", f"{embedder}.class_embedder.embedding_table."),
         (r"^final\.modulation\.", "proj_out_1."),
         (r"^final\.linear\.", "proj_out_2."),
         (r"\.modulation\.", ".norm1.linear."),
-        (r"\.attn\.", ".attn1."),
     )
 
 
@@ -327,15 +316,13 @@ def _dit_to_ours(options: dict[str, Any]) -> CCDiTConfig:
 
 def _pixart_rules(_: PixArtConfig) -> Rules:
     return (
-        *_COMMON_RULES,
+        *_ATTN_RULES,
         (r"^time_mlp\.fc", "adaln_single.emb.timestep_embedder.linear_"),
         (r"^modulation\.", "adaln_single.linear."),
         (r"^text_mlp\.fc", "caption_projection.linear_"),
         (r"^final\.table$", "scale_shift_table"),
         (r"^final\.linear\.", "proj_out."),
         (r"\.table$", ".scale_shift_table"),
-        (r"\.attn\.", ".attn1."),
-        (r"\.cross_attn\.", ".attn2."),
     )
 
 
@@ -406,21 +393,16 @@ def _mmdit_to_ours(options: dict[str, Any]) -> MMDiTConfig:
     )
 
 
-def _sample_positions(config: TransformerConfig) -> dict[str, Tensor]:
-    side = config.base_size // config.patch_size
-    return {"pos_embed.pos_embed": position_table((side, side), side, config.hidden, "corner")[None]}
-
-
-def _mmdit_constants(config: MMDiTConfig) -> dict[str, Tensor]:
-    table, base = config.table_size, config.base_size // config.patch_size
-    return {"pos_embed.pos_embed": position_table((table, table), base, config.hidden, "crop", table)[None]}
+def _positions(config: TransformerConfig) -> dict[str, Tensor]:
+    """The public table, of SD3's `table_size` or of the sample size, as ours counts cells."""
+    base = config.base_size // config.patch_size
+    side = getattr(config, "table_size", base)
+    return {"pos_embed.pos_embed": position_table((side, side), base, config.hidden, "corner")[None]}
 
 
 TWINS = (
     Twin(UNetConfig, "UNet2DConditionModel", _unet_rules, _unet_to_public, _unet_to_ours),
-    Twin(CCDiTConfig, "DiTTransformer2DModel", _dit_rules, _dit_to_public, _dit_to_ours, _sample_positions),
-    Twin(
-        PixArtConfig, "PixArtTransformer2DModel", _pixart_rules, _pixart_to_public, _pixart_to_ours, _sample_positions
-    ),
-    Twin(MMDiTConfig, "SD3Transformer2DModel", _mmdit_rules, _mmdit_to_public, _mmdit_to_ours, _mmdit_constants),
+    Twin(CCDiTConfig, "DiTTransformer2DModel", _dit_rules, _dit_to_public, _dit_to_ours, _positions),
+    Twin(PixArtConfig, "PixArtTransformer2DModel", _pixart_rules, _pixart_to_public, _pixart_to_ours, _positions),
+    Twin(MMDiTConfig, "SD3Transformer2DModel", _mmdit_rules, _mmdit_to_public, _mmdit_to_ours, _positions),
 )

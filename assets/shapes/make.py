@@ -218,8 +218,8 @@ def train_text(steps: int, batch: int = 96, lr: float = 1e-3, additive: float = 
         tokens = tokenizer(captions, padding="longest", max_length=LENGTH, truncation=True, return_tensors="pt")
         narrow = small(tokens.input_ids, output_hidden_states=True)
         wide = large(tokens.input_ids, output_hidden_states=True)
-        read = [(narrow.pooler_output, narrow.hidden_states[-2]), (wide.text_embeds, wide.hidden_states[-2])]
-        return [(F.normalize(text, dim=-1), states) for text, states in read], tokens.attention_mask.bool()
+        both = [(narrow.pooler_output, narrow.hidden_states[-2]), (wide.text_embeds, wide.hidden_states[-2])]
+        return [(F.normalize(text, dim=-1), states) for text, states in both], tokens.attention_mask.bool()
 
     def look(scenes: list[shapes.Scene]) -> list[Tensor]:
         x = pictures(scenes, 64)
