@@ -6,7 +6,8 @@ from diffusers import PixArtTransformer2DModel
 
 from models.base import Cond
 from models.ccdit import CCDiTConfig
-from models.pixart import PixArt, PixArtConfig
+from models.interchange import to_diffusers
+from models.pixart import PixArtConfig
 
 TINY = {"hidden": 32, "depth": 2, "heads": 4, "base_size": 8, "text_dim": 12}
 
@@ -30,37 +31,6 @@ def inputs():
     return x, t, text, mask
 
 
-def to_diffusers(model: PixArt) -> dict[str, torch.Tensor]:
-    ours = model.state_dict()
-    theirs = {"scale_shift_table": ours["final.table"]}
-
-    def put(name: str, source: str) -> None:
-        for kind in ("weight", "bias"):
-            theirs[f"{name}.{kind}"] = ours[f"{source}.{kind}"]
-
-    put("pos_embed.proj", "patch_embed")
-    put("adaln_single.emb.timestep_embedder.linear_1", "time_mlp.fc1")
-    put("adaln_single.emb.timestep_embedder.linear_2", "time_mlp.fc2")
-    put("adaln_single.linear", "modulation")
-    put("caption_projection.linear_1", "text_mlp.fc1")
-    put("caption_projection.linear_2", "text_mlp.fc2")
-    put("proj_out", "final.linear")
-    for i in range(model.config.depth):
-        block, b = f"transformer_blocks.{i}", f"blocks.{i}"
-        theirs[f"{block}.scale_shift_table"] = ours[f"{b}.table"]
-        for kind in ("weight", "bias"):
-            for letter, part in zip("qkv", ours[f"{b}.attn.qkv.{kind}"].chunk(3), strict=True):
-                theirs[f"{block}.attn1.to_{letter}.{kind}"] = part
-            for letter, part in zip("kv", ours[f"{b}.cross_attn.kv.{kind}"].chunk(2), strict=True):
-                theirs[f"{block}.attn2.to_{letter}.{kind}"] = part
-        put(f"{block}.attn1.to_out.0", f"{b}.attn.out")
-        put(f"{block}.attn2.to_q", f"{b}.cross_attn.q")
-        put(f"{block}.attn2.to_out.0", f"{b}.cross_attn.out")
-        put(f"{block}.ff.net.0.proj", f"{b}.mlp.fc1")
-        put(f"{block}.ff.net.2", f"{b}.mlp.fc2")
-    return theirs
-
-
 def reference(config: PixArtConfig) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(
         num_attention_heads=config.heads,
@@ -80,7 +50,7 @@ def test_forward_equals_diffusers():
     config = PixArtConfig(**TINY)
     ours = stirred(config.build()).double().eval()
     theirs = reference(config).double().eval()
-    theirs.load_state_dict(to_diffusers(ours), strict=True)
+    theirs.load_state_dict(to_diffusers(ours).state_dict(), strict=True)
     x, t, text, mask = inputs()
     expected = theirs(x, text, timestep=1000 * t.float(), encoder_attention_mask=mask).sample
     actual = ours(x, t, Cond(text=text, text_mask=mask))
