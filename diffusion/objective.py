@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.schedule import Path, alpha_sigma, alpha_sigma_slope, per_sample, scaled_linear_times, shift
+from diffusion.schedule import Betas, Path, alpha_sigma, alpha_sigma_slope, per_sample, shift, table_times
 from diffusion.timesteps import Grid, TimeLaw, from_table, logit_normal, table_index, trailing_grid, uniform_grid
 
 _TINY = 1e-15  # its inverse can be squared in float32
@@ -108,14 +108,15 @@ def min_snr_weight(prediction: Prediction, path: Path, t: Tensor, gamma: float =
 class ObjectiveConfig:
     """One objective, shared by trainer and sampler and stored with the weights.
 
-    `times` is the law of t before `shift` multiplies sigma_edm. `zero_terminal` rescales the beta table, which serves
-    the law `table` and the network time `index`. `logit_mean` and `logit_std` belong to the law `logit_normal`, `gamma`
-    and `floor` (in units of SNR) to the weighting `min_snr`.
+    `times` is the law of t before `shift` multiplies sigma_edm. `betas` and `zero_terminal` make the table, for the law
+    `table` and the network time `index`. `logit_mean` and `logit_std` belong to the law `logit_normal`, `gamma` and
+    `floor` (in units of SNR) to the weighting `min_snr`.
     """
 
     prediction: Prediction = Prediction.eps
     path: Path = Path.vp
     times: TimeLaw = TimeLaw.table
+    betas: Betas = Betas.scaled_linear
     zero_terminal: bool = False
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -160,7 +161,7 @@ class Objective:
     def __init__(self, config: ObjectiveConfig) -> None:
         """Build the beta table in float64; it is cast where it is used."""
         self.config = config
-        self.table = scaled_linear_times(zero_terminal=config.zero_terminal)
+        self.table = table_times(config.betas, config.zero_terminal)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def draw_times(self, u: Tensor) -> Tensor:

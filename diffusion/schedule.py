@@ -72,16 +72,27 @@ def unshift(t: Tensor, factor: float) -> Tensor:
     return shift(t, 1 / factor)
 
 
-def scaled_linear_times(
-    n: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, zero_terminal: bool = False
-) -> Tensor:
-    """Times of the SD/SDXL beta table, (n,) float64 ascending; the last is exactly 1 with `zero_terminal`.
+class Betas(Enum):
+    """Tables of 1000 betas that published weights were trained on."""
 
-    beta is linear in its square root. `zero_terminal` is Algorithm 1 of Lin et al. (arXiv:2305.08891): sqrt(alpha_bar)
-    is shifted so that the last is 0 and rescaled so that the first is unchanged.
+    scaled_linear = "scaled_linear"  # Stable Diffusion, SDXL: 0.00085 to 0.012, linear in the square root
+    linear = "linear"  # DDPM, DiT, PixArt: 0.0001 to 0.02
+
+
+def beta_table(betas: Betas, n: int = 1000) -> Tensor:
+    """The betas themselves, (n,) float64."""
+    if betas is Betas.linear:
+        return torch.linspace(1e-4, 0.02, n, dtype=torch.float64)
+    return torch.linspace(0.00085**0.5, 0.012**0.5, n, dtype=torch.float64) ** 2
+
+
+def table_times(betas: Betas = Betas.scaled_linear, zero_terminal: bool = False) -> Tensor:
+    """Times of a beta table, (1000,) float64 ascending; the last is exactly 1 with `zero_terminal`.
+
+    `zero_terminal` is Algorithm 1 of Lin et al. (arXiv:2305.08891): sqrt(alpha_bar) is shifted so that the last is 0
+    and rescaled so that the first is unchanged.
     """
-    beta = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
-    alpha = torch.cumprod(1 - beta, dim=0).sqrt()
+    alpha = torch.cumprod(1 - beta_table(betas), dim=0).sqrt()
     if zero_terminal:
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     sigma = (1 - alpha**2).sqrt()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.schedule import log_snr, scaled_linear_times
+from diffusion.schedule import log_snr, table_times
 
 PAGE = Path(__file__).parents[2] / "docs" / "notation.md"
 
 
 def test_the_table_of_times_is_fresh():
     rows = re.findall(r"^\| (\d+) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    tables = scaled_linear_times(), scaled_linear_times(zero_terminal=True)
+    tables = table_times(), table_times(zero_terminal=True)
     assert len(rows) >= 6
     for index, cells in rows:
         times = [table[int(index)] for table in tables]

@@ -16,7 +16,7 @@ from diffusion.objective import (
     split,
     target,
 )
-from diffusion.schedule import Path, alpha_sigma, log_snr, scaled_linear_times, snr
+from diffusion.schedule import Path, alpha_sigma, log_snr, snr, table_times
 from diffusion.timesteps import Grid, TimeLaw
 
 BLIND_AT = {Prediction.eps: 1.0, Prediction.x0: 0.0}
@@ -74,7 +74,7 @@ def test_v_and_flow_convert_by_the_published_formula(latents):
     ],
 )
 def test_min_snr_has_its_four_closed_forms(prediction, path, closed):
-    t = scaled_linear_times()
+    t = table_times()
     torch.testing.assert_close(min_snr_weight(prediction, path, t, GAMMA), closed(snr(t)))
 
 
@@ -103,7 +103,7 @@ def test_one_weight_means_the_same_x0_error_in_every_objective(prediction, laten
 
 @pytest.mark.parametrize(("gamma", "mean"), [(5, 0.917), (3, 0.879), (2.5, 0.864), (2, 0.843), (1, 0.767)])
 def test_min_snr_has_the_known_mean_on_the_sd_table(gamma, mean):
-    weight = min_snr_weight(Prediction.eps, Path.vp, scaled_linear_times(), gamma)
+    weight = min_snr_weight(Prediction.eps, Path.vp, table_times(), gamma)
     assert weight.mean().item() == pytest.approx(mean, abs=5e-4)
 
 

@@ -5,14 +5,15 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusion.schedule import (
+    Betas,
     Path,
     alpha_sigma,
     alpha_sigma_slope,
     log_snr,
     per_sample,
-    scaled_linear_times,
     shift,
     snr,
+    table_times,
     time_of_log_snr,
     unshift,
 )
@@ -48,26 +49,31 @@ def test_log_snr_inverts_at_the_ends_too():
 
 
 @pytest.mark.parametrize("zero_terminal", [False, True])
-def test_table_is_that_of_diffusers(zero_terminal):
+@pytest.mark.parametrize(("betas", "ends"), [(Betas.scaled_linear, (0.00085, 0.012)), (Betas.linear, (1e-4, 0.02))])
+def test_table_is_that_of_diffusers(betas, ends, zero_terminal):
     theirs = DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero_terminal
+        beta_schedule=betas.name, beta_start=ends[0], beta_end=ends[1], rescale_betas_zero_snr=zero_terminal
     ).alphas_cumprod
-    alpha, _ = alpha_sigma(Path.vp, scaled_linear_times(zero_terminal=zero_terminal))
+    alpha, _ = alpha_sigma(Path.vp, table_times(betas, zero_terminal))
     torch.testing.assert_close(alpha**2, theirs.double(), atol=3e-7, rtol=1e-4)  # theirs is accumulated in float32
 
 
 def test_zero_terminal_table_ends_at_one_and_keeps_its_first_time():
-    plain, terminal = scaled_linear_times(), scaled_linear_times(zero_terminal=True)
+    plain, terminal = table_times(), table_times(zero_terminal=True)
     assert terminal[-1] == 1
     assert (terminal.diff() > 0).all() and (plain.diff() > 0).all()
     torch.testing.assert_close(terminal[0], plain[0], atol=1e-15, rtol=0)
 
 
-def test_table_has_the_published_noise_levels():
+@pytest.mark.parametrize(
+    ("betas", "ends", "before_the_last"),
+    [(Betas.scaled_linear, (0.0292, 14.615), (1125, 2254)), (Betas.linear, (0.0100, 157.4), (7668, 15406))],
+)
+def test_table_has_the_published_noise_levels(betas, ends, before_the_last):
     sigma = lambda t: (t / (1 - t)).tolist()  # noqa: E731
-    plain, terminal = sigma(scaled_linear_times()), sigma(scaled_linear_times(zero_terminal=True))
-    assert plain[0] == pytest.approx(0.0292, abs=5e-5) and plain[-1] == pytest.approx(14.615, abs=5e-4)
-    assert terminal[-2] == pytest.approx(2254, abs=1) and terminal[-3] == pytest.approx(1125, abs=1)
+    plain, terminal = sigma(table_times(betas)), sigma(table_times(betas, zero_terminal=True))
+    assert (plain[0], plain[-1]) == (pytest.approx(ends[0], abs=5e-5), pytest.approx(ends[1], rel=4e-4))
+    assert terminal[-3:-1] == pytest.approx(before_the_last, abs=1)
 
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 1 / 3, 3.0, 7.3])

@@ -6,10 +6,10 @@ import torch
 from diffusers import DDIMScheduler
 from scipy.stats import norm
 
-from diffusion.schedule import scaled_linear_times
+from diffusion.schedule import table_times
 from diffusion.timesteps import from_table, logit_normal, table_index, trailing_grid, uniform_grid
 
-TABLES = [scaled_linear_times(), scaled_linear_times(zero_terminal=True)]
+TABLES = [table_times(), table_times(zero_terminal=True)]
 
 
 def test_table_law_draws_every_entry_equally_often(uniform):
