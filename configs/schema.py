@@ -46,7 +46,7 @@ SCHEMAS = {
     "sampler/sampler": SamplerConfig,
     "optim/adamw": OptimConfig,
     "vae/kl": AutoencoderConfig,
-    "text/clip": TextConfig,
+    "text/encoders": TextConfig,
     "logger/logger": LoggerConfig,
     "run": RunConfig,
 }

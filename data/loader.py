@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from data import draws
 from data.shards import ShardReader
 
+AESTHETIC = 6.0  # the score of a picture without one, from 0 to 10
+
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
@@ -50,6 +52,7 @@ class Batch:
     captions: list[str]
     class_id: torch.Tensor  # (b,) int64, -1 where a record has none
     positions: torch.Tensor  # (b,) int64
+    sizes: torch.Tensor  # (b, 7) float32: original height, width, crop top, left, height, width, aesthetic score
     text: torch.Tensor | None = None  # (b, n, d) float32
     text_mask: torch.Tensor | None = None  # (b, n) bool
     pooled: torch.Tensor | None = None  # (b, p) float32
@@ -148,13 +151,16 @@ class Batches(Dataset):
             captions=[record["captions"][pick] for record, pick in zip(records, picks, strict=True)],
             class_id=torch.tensor([-1 if (label := record.get("class_id")) is None else label for record in records]),
             positions=torch.from_numpy(positions),
+            sizes=torch.tensor([_sizes(record, self._config.resolution) for record in records], dtype=torch.float32),
         )
         if self._config.text_states:
-            mask = reader.array("mask", rows, picks=picks)
-            longest = 1 + int(np.flatnonzero(mask.any(axis=0)).max(initial=0))  # after that, padding in all of them
-            batch.text_mask = torch.from_numpy(mask[:, :longest])
-            batch.text = torch.from_numpy(reader.array("text", rows, np.float32, picks)[:, :longest])
-            batch.pooled = torch.from_numpy(reader.array("pooled", rows, np.float32, picks))
+            batch.text = torch.from_numpy(reader.array("text", rows, np.float32, picks))
+            if "mask" in reader.fields:
+                mask = reader.array("mask", rows, picks=picks)
+                longest = 1 + int(np.flatnonzero(mask.any(axis=0)).max(initial=0))  # after that, padding in all of them
+                batch.text, batch.text_mask = batch.text[:, :longest], torch.from_numpy(mask[:, :longest])
+            if "pooled" in reader.fields:
+                batch.pooled = torch.from_numpy(reader.array("pooled", rows, np.float32, picks))
         return batch
 
     def _picks(self, positions: np.ndarray, records: list[dict]) -> np.ndarray:
@@ -171,3 +177,16 @@ class Batches(Dataset):
             )
         edges = weights.cumsum()
         return np.searchsorted(edges / edges[-1], u, side="right")
+
+
+def _sizes(record: dict, side: int) -> list[float]:
+    """A row of `Batch.sizes` from a record's JSON: by default the picture is whole and was never larger."""
+    given = [record.get("original_size", [side, side]), record.get("crop", [0, 0]), record.get("aesthetic", AESTHETIC)]
+    try:
+        (height, width), (top, left), aesthetic = given
+        return [float(number) for number in (height, width, top, left, side, side, aesthetic)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"a record has original_size, crop and aesthetic {given}, but they are [height, width], [top, left] and a"
+            " number; prepare the data set again"
+        ) from error

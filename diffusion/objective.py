@@ -51,10 +51,15 @@ class Weighting(Enum):
 
 
 class NetworkTime(Enum):
-    """What the denoiser is told of t: `noise` is t itself, `index` the fractional table index / 1000."""
+    """What the denoiser is told of t.
+
+    `noise` is t itself, `index` the fractional table index / 1000, `whole` t in whole thousandths, rounded down, as
+    diffusers' schedulers tell a UNet of flow; they start at 0.999.
+    """
 
     noise = "noise"
     index = "index"
+    whole = "whole"
 
 
 def coefficients(prediction: Prediction, path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,9 +203,13 @@ class Objective:
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the denoiser is given for t, (b,). It multiplies by 1000, so `index` shows it 0 to 999."""
-        if self.config.network_time is NetworkTime.noise:
-            return t
-        return table_index(t, self._table_like(t)) / len(self.table)
+        match self.config.network_time:
+            case NetworkTime.noise:
+                return t
+            case NetworkTime.index:
+                return table_index(t, self._table_like(t)) / len(self.table)
+            case NetworkTime.whole:
+                return (1000 * t + 1e-3).floor() / 1000  # 1e-3: thousandths themselves, whatever their last bit
 
     def denoise(self, denoiser: Callable[[Tensor, Tensor, Any], Tensor]) -> Callable[[Tensor, Tensor, Any], Tensor]:
         """The x0 estimate (z, t, cond) -> x0 that samplers ask for, z = (1-t) x0 + t eps whatever the path."""
@@ -232,8 +241,16 @@ class Objective:
                 )
             times = trailing_grid(steps, self.table)
         else:
-            times = uniform_grid(steps, float(self.table[-1]) if on_table else 1.0)
+            most = 0.999 if self.config.network_time is NetworkTime.whole else 1.0
+            times = uniform_grid(steps, float(self.table[-1]) if on_table else most)
         return shift(times, self.config.shift)
+
+    def start(self, noise: Tensor, times: Tensor) -> Tensor:
+        """The z at times[0] that shows the denoiser unit Gaussian `noise`: noise/(alpha + sigma).
+
+        A grid that stops short of t = 1 still starts from pure noise.
+        """
+        return noise / float(sum(alpha_sigma(self.config.path, times[0])))
 
     def _table_like(self, t: Tensor) -> Tensor:
         key = (t.device, t.dtype)

@@ -9,8 +9,8 @@ which is at once Euler's method for flow models and DDIM (arXiv:2010.02502). No 
 ordinary point, and the last step, to s = 0, returns the x0 estimate. Latents are unbounded: nothing is clamped.
 
 A sampler is `(denoise, z, times, callback=None) -> z`: denoise(z, t (b,)) -> x0, times (n+1,) descending, and
-callback(step, z, x0) after each step with the x0 estimate that step used. Begin at `start(noise, times)` for a new
-picture, or at (1-t) x0 + t eps to continue from a given one.
+callback(step, z, x0) after each step with the x0 estimate that step used. Begin at `Objective.start(noise, times)` for
+a new picture, or at (1-t) x0 + t eps to continue from a given one.
 """
 
 import math
@@ -23,15 +23,6 @@ from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, Tensor, Tensor], object]
-
-
-def start(noise: Tensor, times: Tensor) -> Tensor:
-    """The first z, D(t) times unit Gaussian `noise` at t = times[0].
-
-    A table that stops short of t = 1 is still started from pure noise on the vp path, and that is D(t) noise here.
-    """
-    t = float(times[0])
-    return math.hypot(1 - t, t) * noise
 
 
 def euler(denoise: Denoise, z: Tensor, times: Tensor, callback: Callback | None = None) -> Tensor:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.loader import AESTHETIC
 from diffusion.guidance import guided
 from diffusion.objective import Objective, ObjectiveConfig
-from diffusion.sample import SAMPLERS, Sampler, ddim, start
+from diffusion.sample import SAMPLERS, Sampler, ddim
 from inference.device import best_device
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.folder import fault, newest
@@ -26,6 +27,8 @@ from models.text import Conditioner, TextConfig
 from models.weights import load_denoiser, locate
 
 T = TypeVar("T")
+
+NULL_AESTHETIC = 2.5  # what the refiner is guided away from
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +76,9 @@ class Description:
                 f"{folder} holds no pipeline.json; give a run folder, a checkpoint or an exported pipeline"
             )
         known = json.loads(path.read_text())
+        for part in filter(None, (known["vae"], known["text"])):
+            if part["path"].startswith("./"):  # kept beside the network
+                part["path"] = str(folder / part["path"])
         return cls(
             objective=typed(ObjectiveConfig, known["objective"]),
             sampler=typed(SamplerConfig, known["sampler"]),
@@ -141,7 +147,7 @@ class Pipeline:
         text = description.text.build().to(device) if description.text else None
         return cls(
             denoiser,
-            Conditioner(text, description.num_classes),
+            Conditioner(text, description.num_classes, getattr(denoiser.config, "vector_dim", 0)),
             description.vae.build().to(device),
             description,
             device,
@@ -156,12 +162,13 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         sampler: SamplerConfig | None = None,
         size: tuple[int, int] | None = None,
+        times: Tensor | None = None,
         progress: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> np.ndarray:
         """Draw one picture for each prompt, or for each class: (b, height, width, 3) uint8.
 
-        `seeds` has one number a picture, `size` is (height, width) in pixels, and `progress(step, z, x0)` is called
-        after every sampler step.
+        `seeds` has one number a picture, `size` is (height, width) in pixels, `times` are noise times to walk down to 0
+        instead of `sampler.steps` on the objective's grid, and `progress(step, z, x0)` is called after each of them.
         """
         sampler = sampler or self.description.sampler
         labels = None if class_ids is None else torch.tensor(list(class_ids), device=self.device)
@@ -170,6 +177,7 @@ class Pipeline:
         seeds = list(range(count)) if seeds is None else list(seeds)
         if len(seeds) != count:
             raise ValueError(f"seeds has {len(seeds)} numbers for {count} pictures; give one a picture")
+        size = size or (self.description.resolution, self.description.resolution)
         shape, generators = self._latent_shape(size), [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def noise(_step: int = 0) -> Tensor:
@@ -177,12 +185,13 @@ class Pipeline:
             return torch.stack([torch.randn(shape, generator=one) for one in generators]).to(self.device)
 
         null = self.conditioner.null(self.device).select(torch.zeros(count, dtype=torch.long, device=self.device))
+        cond.size_ids, null.size_ids = (self._size_ids(size, count, score) for score in (AESTHETIC, NULL_AESTHETIC))
         denoise = guided(
             self.objective.denoise(self.denoiser), cond, null,
             sampler.guidance, sampler.rescale, (sampler.interval[0], sampler.interval[1]),
         )  # fmt: skip
-        times = self.objective.grid(sampler.steps)
-        z = start(noise(), times)
+        times = self.objective.grid(sampler.steps) if times is None else times
+        z = self.objective.start(noise(), times)
         if sampler.name is Sampler.ddim:
             z = ddim(denoise, z, times, progress, eta=sampler.eta, noise=noise)
         else:
@@ -190,9 +199,15 @@ class Pipeline:
         pixels = (self.autoencoder.decode(z) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    def _size_ids(self, size: tuple[int, int], count: int, aesthetic: float) -> Tensor | None:
+        """What the denoiser reads of `count` whole pictures of `size` pixels: (count, 6 or 5), or None."""
+        height, width = size
+        told = [height, width, 0, 0, height, width, aesthetic]
+        return self.conditioner.size_ids(torch.tensor([told] * count, dtype=torch.float32, device=self.device))
+
+    def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for a picture of `size` pixels, which must be whole patches."""
-        height, width = size or (self.description.resolution,) * 2
+        height, width = size
         unit = self.autoencoder.factor * self.denoiser.config.patch_size
         for name, side in (("height", height), ("width", width)):
             if side <= 0 or side % unit:

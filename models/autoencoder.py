@@ -5,73 +5,84 @@ variance, `(z - shift) * scale`, and pixels in [-1, 1].
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from models.weights import locate
+from models.pretrained import FrozenConfig, FrozenPrecision
 
 
 @dataclass(slots=True, kw_only=True)
-class AutoencoderConfig:
+class AutoencoderConfig(FrozenConfig):
     """Where the autoencoder is: a folder or hub name in diffusers layout."""
 
-    path: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    group: ClassVar[str] = "vae"
+
     subfolder: str = "vae"
-    revision: str | None = None
 
     def build(self) -> "Autoencoder":
-        """Load it, frozen, in float32 (SDXL's is known to overflow in float16)."""
+        """Load it, frozen; one whose config says `force_upcast` (SDXL's) overflows in float16 and gets float32."""
         from diffusers import AutoencoderKL  # slow to import, so only when one is wanted
 
-        module: Any = AutoencoderKL.from_pretrained(
-            locate(self.path),
-            subfolder=self.subfolder,
-            revision=self.revision,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-        )
+        # in float32 whatever the precision: its digest is taken of these numbers
+        module = self.network(AutoencoderKL, self.subfolder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
         module.to(memory_format=torch.channels_last)  # 1.4 times faster on a CPU
-        return Autoencoder(module, self.path)
+        config = self
+        if self.precision is FrozenPrecision.fp16 and module.config.force_upcast:
+            warnings.warn(
+                f"vae.precision=fp16, but the config of vae.path={self.path} asks for more (force_upcast);"
+                " it computes in fp32, and vae.precision=bf16 would be faster",
+                stacklevel=2,
+            )
+            config = replace(self, precision=FrozenPrecision.fp32)
+        return Autoencoder(module, config)
 
 
 class Autoencoder(nn.Module):
     """Frozen; `factor` pixels a side make one latent cell of `channels` numbers."""
 
-    def __init__(self, module: nn.Module, path: str):
+    def __init__(self, module: Any, config: AutoencoderConfig):
         super().__init__()
-        self.module: Any = module.eval().requires_grad_(False)
-        self.path = path
-        config: Any = module.config
-        self.scale: float = config.scaling_factor
-        self.shift: float = getattr(config, "shift_factor", None) or 0.0
-        self.channels: int = config.latent_channels
-        self.factor: int = 2 ** (len(config.block_out_channels) - 1)
+        self.digest = _digest(module)
+        self.module: Any = module
+        self.to(config.precision.value)
+        self.config = config
+        self.scale: float = module.config.scaling_factor
+        self.shift: float = getattr(module.config, "shift_factor", None) or 0.0
+        self.channels: int = module.config.latent_channels
+        self.factor: int = 2 ** (len(module.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """(b, 3, h, w) in [-1, 1] -> the posterior's mean, normalised: (b, c, h/factor, w/factor)."""
-        return (self.module.encode(pixels).latent_dist.mean - self.shift) * self.scale
+        """(b, 3, h, w) in [-1, 1] -> the posterior's mean, normalised: (b, c, h/factor, w/factor) float32."""
+        mean = self.module.encode(pixels.to(self.module.dtype)).latent_dist.mean.float()
+        return self.config.require_finite((mean - self.shift) * self.scale, "latents")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(b, c, h, w) normalised latents -> pixels, clamped to [-1, 1]."""
-        return self.module.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
+        """(b, c, h, w) normalised latents -> pixels, clamped to [-1, 1]: float32."""
+        z = (latents / self.scale + self.shift).to(self.module.dtype)
+        return self.config.require_finite(self.module.decode(z).sample.float(), "pixels").clamp(-1, 1)
 
     def info(self) -> dict[str, Any]:
         """What a shard or checkpoint must say of the latents it holds; `id` is a digest of the weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return {
-            "path": self.path,
-            "id": digest.hexdigest()[:16],
+            "path": self.config.path,
+            "id": self.digest,
             "scale": self.scale,
             "shift": self.shift,
             "channels": self.channels,
             "factor": self.factor,
             "image_range": [-1, 1],
         }
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

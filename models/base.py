@@ -6,7 +6,7 @@ A denoiser is an `nn.Module` called as `denoiser(x_t, t, cond)`:
     t   (b,)           noise time in [0, 1], 0 clean and 1 noise; the networks see 1000 t
     cond               a `Cond`: whatever there is to condition on, each field a batch of rows or None
 
-and returns (b, c, h, w). It carries `.config`, the dataclass that built it, and `.gradient_checkpointing`.
+and returns (b, c, h, w). It carries `.config`, the dataclass that built it.
 """
 
 from abc import abstractmethod
@@ -23,7 +23,8 @@ class Cond:
     """Conditioning of a batch; a denoiser reads the fields it knows.
 
     text (b, n, d) states, text_mask (b, n) bool with True at tokens (None: all are tokens), pooled (b, p),
-    class_id (b,) int64, size_ids (b, 6).
+    class_id (b,) int64, size_ids (b, 6) float32: original height, width, crop top, left, target height, width, in
+    pixels (SDXL), or (b, 5) with the aesthetic score for the target's (its refiner).
     """
 
     text: Tensor | None = None
@@ -33,12 +34,13 @@ class Cond:
     size_ids: Tensor | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Cond":
-        """Move every field to `device`; `dtype` is for the floating-point fields only."""
+        """Move every field to `device`; `dtype` is for text and pooled: in bfloat16, 1023 pixels would be 1024."""
 
         def move(x: Tensor) -> Tensor:
             return x.to(device=device, dtype=dtype if x.is_floating_point() else None, non_blocking=True)
 
-        return self._map(move)
+        sizes = self.size_ids
+        return replace(self._map(move), size_ids=None if sizes is None else sizes.to(device=device, non_blocking=True))
 
     def select(self, rows: Tensor | slice) -> "Cond":
         """Rows by boolean mask (b,), by index (k,) or by slice; an index may repeat a row."""

@@ -29,7 +29,7 @@ class Autoencoder(Protocol):
 class TextEncoders(Protocol):
     """What is needed of `models.text.TextEncoders`."""
 
-    def encode(self, captions: list[str], /) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def encode(self, captions: list[str], /) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]: ...
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
 
@@ -102,8 +102,8 @@ def _encoded(
     captions = [shapes.captions(scene, seed, index) for scene, index in zip(scenes, indices, strict=True)]
     if text:
         states = text.encode([caption for four in captions for caption in four])
-        named = zip(("text", "mask", "pooled"), states, strict=True)
-        arrays |= {name: array.unflatten(0, (len(scenes), -1)) for name, array in named}
+        named = zip(("text", "mask", "pooled"), states, strict=True)  # without a mask or a projection, there is None
+        arrays |= {name: array.unflatten(0, (len(scenes), -1)) for name, array in named if array is not None}
     rows = {name: array.cpu().numpy() for name, array in arrays.items()}
     return [
         (

@@ -18,7 +18,7 @@ from data.loader import Batch, Batches, open_shards
 from data.shards import ShardReader
 from diffusion.objective import Objective
 from inference.pipeline import Description, Pipeline, plain
-from models.text import Conditioner
+from models.text import Conditioner, TextEncoders
 from training.checkpoint import TrainState, resume, save_checkpoint
 from training.config import Precision, RunConfig
 from training.distributed import Ranks, session
@@ -46,10 +46,10 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
     torch.manual_seed(cfg.seed)
     text = cfg.text.build().to(ranks.device) if cfg.text and cfg.model.condition == "text" else None
-    check_text(cfg, text)
+    check_text(cfg, text, reader)
+    conditioner = Conditioner(text, getattr(cfg.model, "num_classes", None), getattr(cfg.model, "vector_dim", 0))
     autoencoder = cfg.vae.build().to(ranks.device)
     check_autoencoder(cfg, reader, autoencoder.info()["id"])
-    conditioner = Conditioner(text, getattr(cfg.model, "num_classes", None))
     denoiser: Any = cfg.model.build().to(ranks.device)
     denoiser.gradient_checkpointing = cfg.train.gradient_checkpointing
     objective = Objective(cfg.objective)
@@ -207,15 +207,26 @@ def check_autoencoder(cfg: RunConfig, reader: ShardReader, digest: str) -> None:
         )
 
 
-def check_text(cfg: RunConfig, text: Any) -> None:
-    """Refuse encoders of another width than the denoiser reads."""
-    for key, width in (("text_dim", "width"), ("pooled_dim", "pooled_width")):
-        wanted = getattr(cfg.model, key, None)
-        if text is not None and wanted is not None and wanted != getattr(text, width):
+def check_text(cfg: RunConfig, text: TextEncoders | None, reader: ShardReader) -> None:
+    """Refuse encoders whose states are not what the denoiser reads, or not what the shards hold."""
+    if text is None or cfg.text is None:
+        return
+    for key, width in (("text_dim", text.width), ("pooled_dim", text.pooled_width)):
+        wanted = getattr(cfg.model, key, width)
+        if wanted != width:
+            way = f"give model.{key}={width}" if width else "choose encoders that have a projection, such as text=sd3"
             raise ValueError(
-                f"model.{key}={wanted}, but the encoders of text.path={cfg.text and cfg.text.path} give"
-                f" {getattr(text, width)}; give model.{key}={getattr(text, width)}"
+                f"model.{key}={wanted}, but the encoders of text.path={cfg.text.path} give {width or 'none'}; {way}"
             )
+    given = {"text": [text.length, text.width]}
+    given |= {"mask": [text.length]} if cfg.text.masked else {}
+    given |= {"pooled": [text.pooled_width]} if text.pooled_width else {}
+    stored = {name: reader.fields[name]["shape"][1:] for name in ("text", "mask", "pooled") if name in reader.fields}
+    if cfg.data.text_states and stored != given:
+        raise ValueError(
+            f"data.text_states=true, but {cfg.data.path} holds states of {stored}, and the encoders of"
+            f" text.path={cfg.text.path} give {given}; set it to false, or prepare the data with these encoders"
+        )
 
 
 def captions_of(reader: ShardReader, row: int) -> list[str]:

@@ -17,7 +17,7 @@ from models.text import Conditioner
 
 
 def condition(batch: Batch, conditioner: Conditioner, dropout: float, seed: int, device: torch.device) -> Cond:
-    """The batch's condition, with a share `dropout` of its rows replaced by the null."""
+    """The batch's condition, with a share `dropout` of its rows replaced by the null; a picture keeps its size."""
     null = conditioner.null(device)
     if batch.text is not None and conditioner.text is not None:
         cond = Cond(text=batch.text, text_mask=batch.text_mask, pooled=batch.pooled).to(device)
@@ -25,7 +25,9 @@ def condition(batch: Batch, conditioner: Conditioner, dropout: float, seed: int,
     else:
         cond = conditioner(batch.captions, batch.class_id.to(device))
     drop = uniform(seed, "drop", batch.positions.numpy()) < dropout
-    return cond.where(torch.from_numpy(drop).to(device), null)
+    cond = cond.where(torch.from_numpy(drop).to(device), null)
+    cond.size_ids = conditioner.size_ids(batch.sizes.to(device))
+    return cond
 
 
 def losses(

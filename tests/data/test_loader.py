@@ -173,11 +173,37 @@ def test_records_without_class_are_minus_one(tmp_path):
     assert batch.text is None
 
 
+def test_pictures_are_told_their_size(tmp_path):
+    told = [{}, {"original_size": [600, 800], "crop": [4, 8]}, {"aesthetic": 4.5}]
+    with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
+        for i, about in enumerate(told):
+            writer.add({"captions": [str(i)], **about}, latent=np.zeros((2, 4, 4)))
+    (batch,) = read(ShardReader(tmp_path), config=DataConfig(path="", resolution=32), batch_size=3, stop=3)
+    found = dict(zip(batch.captions, batch.sizes.tolist(), strict=True))
+    assert found == {
+        "0": [32, 32, 0, 0, 32, 32, 6],
+        "1": [600, 800, 4, 8, 32, 32, 6],
+        "2": [32, 32, 0, 0, 32, 32, 4.5],
+    }
+
+
+@pytest.mark.parametrize("stored", [{"mask"}, {"pooled"}, {"mask", "pooled"}, set()])
+def test_batches_have_the_text_states_that_are_stored(tmp_path, stored):
+    """Mask and pooled are not everyone's; without a mask, all tokens are read."""
+    arrays = {"mask": np.arange(6)[None] < 2, "pooled": np.ones((1, 3))}
+    with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
+        kept = {name: arrays[name] for name in stored}
+        writer.add({"captions": ["a"]}, latent=np.zeros((2, 4, 4)), text=np.ones((1, 6, 5)), **kept)
+    (batch,) = read(ShardReader(tmp_path), batch_size=1, micro_batch=1, stop=1)
+    assert batch.text.shape == (1, 2 if "mask" in stored else 6, 5)
+    assert (batch.text_mask is not None) == ("mask" in stored)
+    assert (batch.pooled is not None) == ("pooled" in stored)
+
+
 def test_batch_moves_but_positions_stay(reader):
     moved = read(reader, stop=12)[0].to("meta")
-    assert {getattr(moved, name).device.type for name in ("latents", "class_id", "text", "text_mask", "pooled")} == {
-        "meta"
-    }
+    names = ("latents", "class_id", "sizes", "text", "text_mask", "pooled")
+    assert {getattr(moved, name).device.type for name in names} == {"meta"}
     assert moved.positions.device.type == "cpu"
 
 
@@ -219,6 +245,14 @@ def test_open_shards_checks_what_the_run_needs(folder, tmp_path):
     bare = write(tmp_path / "bare", extra={})
     with pytest.raises(ValueError, match=r"has records without a class, but .*prepare.py shapes --two 0"):
         open_shards(DataConfig(path=str(bare), resolution=32), num_classes=48)
+
+
+@pytest.mark.parametrize("about", [{"original_size": 64}, {"crop": [1, 2, 3]}, {"aesthetic": None}])
+def test_a_size_that_is_none(tmp_path, about):
+    with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
+        writer.add({"captions": ["a"], **about}, latent=np.zeros((2, 4, 4)))
+    with pytest.raises(ValueError, match=r"a record has original_size, crop and aesthetic .* but they are \[height, w"):
+        read(ShardReader(tmp_path), config=DataConfig(path="", resolution=32), batch_size=1, micro_batch=1, stop=1)
 
 
 def test_missing_text_states(tmp_path):

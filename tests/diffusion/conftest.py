@@ -27,6 +27,9 @@ OBJECTIVES = {
     "flow": ObjectiveConfig(
         prediction=Prediction.flow, path=Path.linear, times=TimeLaw.logit_normal, logit_mean=0.0, shift=3.0
     ),
+    "flow_whole": ObjectiveConfig(
+        prediction=Prediction.flow, path=Path.linear, times=TimeLaw.logit_normal, network_time=NetworkTime.whole
+    ),
     "flow_from_unet": ObjectiveConfig(
         prediction=Prediction.flow,
         path=Path.linear,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion.objective import Objective, ObjectiveConfig, Prediction
-from diffusion.sample import SAMPLERS, Sampler, ddim, euler, start
+from diffusion.sample import SAMPLERS, Sampler, ddim, euler
 from diffusion.timesteps import uniform_grid
 
 ORDER = {Sampler.euler: 1, Sampler.heun: 2, Sampler.ddim: 1}
@@ -53,23 +53,22 @@ def test_samples_converge_to_the_data_at_the_order_of_the_sampler(objective, sam
 def test_objectives_agree_on_the_samples_they_describe(sampler, oracle, gaussian, objective):
     sample = functools.partial(ddim, eta=0.0) if sampler[0] is Sampler.ddim else sampler[1]
     times = uniform_grid(12, objective.t_max)
-    z = start(gaussian_noise(4, 1, 3, 3), times)
+    z = objective.start(gaussian_noise(4, 1, 3, 3), times)
     torch.testing.assert_close(sample(oracle(objective), z, times), sample(gaussian.x0, z, times))
 
 
-def test_start_is_pure_noise_to_a_model_on_the_vp_path():
+def test_the_denoiser_is_shown_pure_noise_first(objective):
     """A table that stops at sigma_edm = 14.6 was trained on almost unit noise, and that is what it must be shown."""
-    objective = Objective(ObjectiveConfig())
-    noise, t = gaussian_noise(2, 1, 2, 2), torch.full((2,), objective.t_max, dtype=torch.float64)
-    seen = []
-    objective.denoise(lambda x_t, t, cond: seen.append(x_t) or x_t)(start(noise, objective.grid(5)), t, None)
+    noise, times, seen = gaussian_noise(2, 1, 2, 2), objective.grid(5), []
+    t = torch.full((2,), objective.t_max, dtype=torch.float64)
+    objective.denoise(lambda x_t, t, cond: seen.append(x_t) or x_t)(objective.start(noise, times), t, None)
     torch.testing.assert_close(seen[0], noise)
 
 
 def test_an_oracle_of_one_picture_is_recovered(objective, sampler, latents):
     x0, eps = latents
     times = objective.grid(9)
-    torch.testing.assert_close(sampler[1](lambda z, t: x0, start(eps, times), times), x0)
+    torch.testing.assert_close(sampler[1](lambda z, t: x0, objective.start(eps, times), times), x0)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -104,7 +103,7 @@ def test_ddim_variance_is_the_published_one():
 
 def test_euler_is_ddim_without_noise(objective, oracle):
     times = objective.grid(9)
-    z = start(gaussian_noise(4, 1, 3, 3), times)
+    z = objective.start(gaussian_noise(4, 1, 3, 3), times)
     torch.testing.assert_close(ddim(oracle(objective), z, times, eta=0.0), euler(oracle(objective), z, times))
 
 

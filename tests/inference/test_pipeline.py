@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data import shapes
 from diffusion.sample import Sampler
-from inference.pipeline import Pipeline
+from inference.pipeline import Description, Pipeline
+from models.autoencoder import AutoencoderConfig
+from models.text import Conditioner, TextConfig
+from models.unet import UNetConfig
 
 ASSETS = Path("assets/shapes/pipeline")
 
@@ -82,3 +86,39 @@ def test_wrong_questions_get_the_way_out(pipeline, tmp_path):
         pipeline.generate(["a", "b"], seeds=[1])
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         Pipeline.load(tmp_path)
+
+
+def test_a_description_from_before_an_option_means_the_same(tmp_path):
+    known = json.loads((ASSETS / "pipeline.json").read_text())
+    for part, wanted in (("text", ["encoders", "path", "revision", "tokenizers"]), ("vae", ["path", "revision"])):
+        known[part] = {key: known[part][key] for key in wanted}
+    (tmp_path / "pipeline.json").write_text(json.dumps(known))
+    old = Description.load(tmp_path)
+    assert old.text == TextConfig(path="assets/shapes")
+    assert (old.text.penultimate, old.text.masked, old.text.length, old.text.precision.name) == (
+        True,
+        True,
+        None,
+        "fp32",
+    )
+    assert old.vae == AutoencoderConfig(path="assets/shapes")
+    old.save(tmp_path)
+    assert Description.load(tmp_path) == old
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"), [(6, [[64, 96, 0, 0, 64, 96]] * 2), (5, [[64, 96, 0, 0, 6], [64, 96, 0, 0, 2.5]])]
+)
+def test_the_denoiser_is_told_the_size_that_is_asked_for(pipeline, numbers, expected):
+    """In both branches of guidance; the refiner is led away from a low aesthetic score."""
+    unet = UNetConfig(
+        in_channels=8, channels=[16], depths=[0], heads=[1], layers=1, groups=16, text_dim=192,
+        vector_dim=128 + numbers * 256,
+    ).build()  # fmt: skip
+    told = []
+    unet.register_forward_pre_hook(lambda _, given: told.append(given[2].size_ids.tolist()))
+    conditioner = Conditioner(pipeline.conditioner.text, None, unet.config.vector_dim)
+    sized = Pipeline(unet, conditioner, pipeline.autoencoder, pipeline.description)
+    with torch.no_grad():
+        sized.generate(["a"], size=(64, 96), sampler=replace(pipeline.description.sampler, steps=2, interval=[0, 1]))
+    assert told == [expected] * 2

@@ -26,6 +26,12 @@ def test_to_changes_the_dtype_of_floats_only():
     assert moved.size_ids is None
 
 
+def test_sizes_stay_whole_in_low_precision():
+    sized = Cond(size_ids=torch.tensor([[1023.0, 1023, 0, 0, 1023, 1023]]))
+    assert torch.equal(sized.to(dtype=torch.bfloat16).size_ids, sized.size_ids)
+    assert sized.to("meta").size_ids.device.type == "meta"
+
+
 def test_select_by_mask_index_and_slice():
     batch = cond(4)
     keep = torch.tensor([True, False, True, False])

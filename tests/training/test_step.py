@@ -6,18 +6,27 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from configs.schema import compose
 from data.draws import uniform
+from data.loader import Batch
+from inference.pipeline import Pipeline
+from models.autoencoder import AutoencoderConfig
 from models.base import Cond
+from models.text import Conditioner, TextConfig, TextEncoders
+from prepare.shapes import prepare_shapes
 from training.ema import EMA, EMAConfig
 from training.optim import OptimConfig, build_optimizer, guarded_step, learning_rate
-from training.run import run
+from training.run import check_text, run
+from training.step import condition
 
 
 def train_lines(folder):
@@ -163,8 +172,6 @@ def test_ema_halves_in_a_halflife():
 def test_measured_dropout_is_the_setting_and_the_null_is_the_samplers():
     dropped = uniform(0, "drop", np.arange(100_000)) < 0.1
     assert dropped.mean() == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 100_000))
-    from models.text import Conditioner, TextConfig
-
     conditioner = Conditioner(TextConfig(path="assets/shapes").build())
     cond = conditioner(["a red circle", "a blue star"])
     mixed = cond.where(torch.tensor([True, False]), conditioner.null())
@@ -175,3 +182,132 @@ def test_measured_dropout_is_the_setting_and_the_null_is_the_samplers():
     assert empty.text is not None
     assert torch.equal(mixed.text[0], empty.text[0])
     assert torch.equal(mixed.text[1], cond.text[1])
+
+
+# --- sizes and text that only some models read ----------------------------------------------------------------
+
+
+def test_a_picture_without_its_text_keeps_its_size():
+    conditioner = Conditioner(TextConfig(path="assets/shapes").build(), vector_dim=128 + 5 * 256)
+    sizes = torch.tensor([[600.0, 800, 4, 8, 128, 128, 5.5], [128, 128, 0, 0, 128, 128, 6]])
+    batch = Batch(
+        latents=torch.zeros(2, 8, 16, 16),
+        captions=["a red circle", "a blue star"],
+        class_id=torch.tensor([-1, -1]),
+        positions=torch.arange(2),
+        sizes=sizes,
+    )
+    cond = condition(batch, conditioner, 1.0, 0, torch.device("cpu"))
+    assert torch.equal(cond.text[0], conditioner.null().text[0])
+    assert cond.size_ids.tolist() == [[600, 800, 4, 8, 5.5], [128, 128, 0, 0, 6]]
+
+
+UNET = ["model=unet_tiny", "model.channels=[16,32]", "model.depths=[0,1]", "model.heads=[1,2]", "model.layers=1"]
+
+
+@pytest.fixture
+def small(shards, tmp_path):
+    """A short run on the shapes, of the model that is given."""
+    data = [f"data.path={shards / 'shapes-128'}", f"outputs={tmp_path}", "name=small", "sampler.steps=2"]
+    clocks = ["train.batch_size=4", "train.images=16", "train.log_every=4", "sample.first=16", "sample.count=2"]
+    return lambda *overrides: compose("stage3", [*data, *clocks, *overrides])
+
+
+@pytest.mark.parametrize("numbers", [6, 5])
+def test_a_unet_with_a_vector_trains_and_draws(small, numbers):
+    cfg = small(*UNET, f"model.vector_dim={128 + numbers * 256}", "optim.lr=1e-2")
+    run(cfg)
+    moments = load_file(cfg.folder / "checkpoints" / "16" / "optimizer.safetensors")["exp_avg/vector_mlp.fc1.weight"]
+    assert moments[:, :128].abs().sum() > 0
+    assert moments[:, 128:].abs().sum() > 0  # the sizes
+    assert Pipeline.load(cfg.folder).generate(["a red circle"], size=(64, 96)).shape == (1, 64, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [*UNET, "model.vector_dim=1500"],
+            "model.vector_dim=1500 is not a pooled text of 128 and 6 numbers .*=1664 or 1408",
+        ),
+        (
+            ["model=mmdit_tiny", "text.encoders=[text_encoder]", "text.tokenizers=[tokenizer]", "model.text_dim=64"],
+            "model.pooled_dim=128, but the encoders of text.path=assets/shapes give none; choose encoders that have",
+        ),
+        (
+            ["model=mmdit_tiny", "model.pooled_dim=64"],
+            "model.pooled_dim=64, but .* give 128; give model.pooled_dim=128",
+        ),
+    ],
+)
+def test_text_that_is_not_what_the_model_reads(small, overrides, message, monkeypatch):
+    for config_class in ("unet.UNetConfig", "mmdit.MMDiTConfig"):
+        monkeypatch.setattr(f"models.{config_class}.build", lambda self: pytest.fail("built a denoiser"))
+    with pytest.raises(ValueError, match=message):
+        run(small(*overrides))
+
+
+def prepared(out, **options):
+    """Shapes with their text states stored."""
+    vae, text = AutoencoderConfig(path="assets/shapes").build(), TextConfig(path="assets/shapes", **options).build()
+    prepare_shapes(out, resolution=128, num_images=8, seed=0, vae=vae, text=text)
+    return out
+
+
+ALONE = {"encoders": ["text_encoder"], "tokenizers": ["tokenizer"], "masked": False}  # no mask, nothing pooled
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides"),
+    [
+        ({}, ["model=mmdit_tiny", "model.depth=1"]),
+        (
+            ALONE,
+            ["text.encoders=[text_encoder]", "text.tokenizers=[tokenizer]", "text.masked=false", "model.text_dim=64"],
+        ),
+    ],
+)
+def test_stored_text_trains_as_encoded_text_does(small, tmp_path, options, overrides):
+    """Up to float16, in which it is stored."""
+    data, found = prepared(tmp_path / "shapes-128", **options), []
+    for stored in ("true", "false"):
+        cfg = small(f"data.path={data}", f"data.text_states={stored}", *overrides)
+        cfg.name = stored
+        run(cfg)
+        found.append([line["loss"] for line in train_lines(cfg.folder)])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_stored_text_must_be_the_encoders(small, tmp_path):
+    data = prepared(tmp_path / "shapes-128")
+    with pytest.raises(ValueError, match=r"holds states of .*'mask': \[32\].* give \{'text': \[32, 192\], 'pooled': "):
+        run(small(f"data.path={data}", "data.text_states=true", "text.masked=false"))
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "sizes"),
+    [
+        ("clip_l", "unet_sd15", None),
+        ("sdxl", "unet_sdxl", 6),
+        ("sdxl_refiner", "unet_sdxl_refiner", 5),
+        ("sd3", "mmdit_2b", None),
+        ("pixart", "pixart_xl2", None),
+    ],
+)
+def test_public_encoders_fit_the_public_models(text, model, sizes):
+    """At their full widths, on the meta device; widths and projections are the public ones."""
+    cfg = compose("train", ["name=fit", f"text={text}", f"model={model}"])
+    projects = {"text_encoder": text == "sd3", "text_encoder_2": True}
+    with torch.device("meta"):
+        found = []
+        for name in cfg.text.encoders:
+            if name == "text_encoder_3" or text == "pixart":
+                found.append(T5EncoderModel(T5Config(vocab_size=32128, d_model=4096, num_layers=1)))
+            else:
+                width = 1280 if name == "text_encoder_2" else 768
+                config = CLIPTextConfig(hidden_size=width, projection_dim=width, num_hidden_layers=1)
+                found.append((CLIPTextModelWithProjection if projects[name] else CLIPTextModel)(config))
+    encoders = TextEncoders(cfg.text, found, found)
+    check_text(cfg, encoders, SimpleNamespace(fields={}))
+    ids = Conditioner(encoders, None, getattr(cfg.model, "vector_dim", 0)).size_ids(torch.zeros(1, 7))
+    assert sizes == (ids if ids is None else ids.shape[1])
