@@ -328,6 +328,11 @@ def _pixart_rules(_: PixArtConfig) -> Rules:
 
 def _pixart_to_public(config: PixArtConfig) -> dict[str, Any]:
     _no_qk_norm(config, "PixArtTransformer2DModel")
+    if config.kv_compression > 1:
+        raise ValueError(
+            f"model.kv_compression={config.kv_compression} but PixArtTransformer2DModel attends to every token; it "
+            "cannot be exported"
+        )
     return _sizes(config) | {
         "cross_attention_dim": config.hidden,
         "caption_channels": config.text_dim,
@@ -375,7 +380,7 @@ def _mmdit_to_public(config: MMDiTConfig) -> dict[str, Any]:
         "joint_attention_dim": config.text_dim,
         "caption_projection_dim": config.hidden,
         "pooled_projection_dim": config.pooled_dim,
-        "pos_embed_max_size": config.table_size,
+        "pos_embed_max_size": _table_side(config),
         "dual_attention_layers": tuple(range(config.dual)),
         "qk_norm": "rms_norm" if config.qk_norm else None,
     }
@@ -393,10 +398,18 @@ def _mmdit_to_ours(options: dict[str, Any]) -> MMDiTConfig:
     )
 
 
-def _positions(config: TransformerConfig) -> dict[str, Tensor]:
-    """The public table, of SD3's `table_size` or of the sample size, as ours counts cells."""
+def _table_side(config: TransformerConfig) -> int:
+    """Cells of the public table of positions: `table_size` where pictures are cut from its middle, else the base grid.
+
+    Positions anchored by their centre are the public ones at the base size alone.
+    """
     base = config.base_size // config.patch_size
-    side = getattr(config, "table_size", base)
+    return getattr(config, "table_size", base) if config.positions == "crop" else base
+
+
+def _positions(config: TransformerConfig) -> dict[str, Tensor]:
+    """The public table, as ours counts cells."""
+    base, side = config.base_size // config.patch_size, _table_side(config)
     return {"pos_embed.pos_embed": position_table((side, side), base, config.hidden, "corner")[None]}
 
 

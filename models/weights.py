@@ -9,6 +9,7 @@ denoiser with some tensors left at their start still draws, only badly.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -22,6 +23,43 @@ from torch import Tensor, nn
 
 from models.base import ModelConfig
 
+# Why tensors do not fit: the first line whose pattern is found in any, or in all, of the names that are missing, extra
+# or misshapen, the last of these written "name (2, 3) for (4, 3)".
+CAUSES = (
+    (any, r"lora", "a LoRA, which is added to a model and is none itself; load the model that it was made for."),
+    (
+        any,
+        r"^model\.diffusion_model\.|^(input_blocks|joint_blocks|[xyt]_embedder)\.",
+        "the original layout of a single file; open it with diffusers, then convert with models.interchange.",
+    ),
+    (
+        any,
+        r"^(transformer_blocks|down_blocks|pos_embed)\.",
+        "a diffusers file, whose tensors have other names; convert it with models.interchange.",
+    ),
+    (any, r"_orig_mod\.|^module\.", "saved from inside a DDP or compile wrapper; save with save_denoiser."),
+    (any, r"^(model_)?ema", "an average saved under a prefix; save it as a network, with save_denoiser(name='ema')."),
+    (all, r"\.[qk]_norm\.weight$", "model.qk_norm differs."),
+    (all, r"\.compress\.", "model.kv_compression or model.kv_blocks differs."),
+    (all, r"\.attn2\.|\.image\.modulation\.", "model.dual differs."),
+    (all, r"\.mlp\.fc.* for ", "model.mlp_ratio differs."),
+    (all, r"^final\.linear\..* for ", "model.variance differs."),
+    (all, r"^class_embedding\..* for ", "model.num_classes differs."),
+    (
+        all,
+        r"^(patch_embed|final\.linear|conv_in|conv_out)\..* for ",
+        "model.in_channels or model.patch_size differs; was the autoencoder changed?",
+    ),
+    (
+        all,
+        r"^(text_mlp|text_embed|pooled_mlp|vector_mlp)\.|\.cross_attn\.kv\.",
+        "model.text_dim, model.pooled_dim or model.vector_dim differs; were the text encoders changed?",
+    ),
+    (all, r"^blocks\.\d+\.(text\.modulation|\S+$)", "model.depth differs."),
+    (all, r"^(down|middle|up)\.", "model.depths, model.middle_depth or model.layers differs."),
+    (all, r" for ", "the same class in other sizes; check config.json beside the file."),
+    (any, "", "another class, or several options; check config.json, or carry over with reparameterize.py."),
+)
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"CCDiT": "models.ccdit", "PixArt": "models.pixart", "MMDiT": "models.mmdit", "UNet": "models.unet"}
 
@@ -62,7 +100,8 @@ def load_strict(model: nn.Module, tensors: Mapping[str, Tensor], source: str, as
     }
     if any(problems.values()):
         lists = "; ".join(f"{len(keys)} {kind}: {first_names(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {lists}. {_likely_cause(**problems)}")
+        cause = _likely_cause([key for keys in problems.values() for key in keys])
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {lists}. Likely cause: {cause}")
     model.load_state_dict(tensors, assign=assign)
 
 
@@ -84,7 +123,7 @@ def plain_name(key: str) -> str:
 def write_config(config: ModelConfig, folder: Path) -> None:
     """Write config.json with the name of the network's class."""
     described = {"_class_name": type(config).__name__.removesuffix("Config"), **asdict(config)}
-    with _appearing(folder / "config.json") as partial:
+    with appearing(folder / "config.json") as partial:
         partial.write_text(json.dumps(described, indent=2) + "\n")
 
 
@@ -108,11 +147,8 @@ def read_config(folder: Path) -> ModelConfig:
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str) -> None:
     """Write `folder`/`name`.safetensors at once or not at all; tensors of any device, none sharing memory."""
-    with _appearing(folder / f"{name}.safetensors") as partial:
-        partial.touch()
-        mode = partial.stat().st_mode  # what the umask grants; safetensors would let the owner alone read
+    with appearing(folder / f"{name}.safetensors") as partial:
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, {"format": "pt"})
-        partial.chmod(mode)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -134,11 +170,14 @@ def locate(path: str | Path) -> str:
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when all has gone well and vanishes otherwise."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the umask grants; safetensors would let the owner alone read
         yield partial
+        partial.chmod(mode)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -151,18 +190,5 @@ def first_names(names: list[str], count: int = 10) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def _likely_cause(missing: list[str], extra: list[str], misshapen: list[str]) -> str:
-    ends = ("patch_embed.", "final.linear.", "conv_in.", "conv_out.")
-    if any(key.startswith("module.") or "_orig_mod." in key for key in extra):
-        return "Likely cause: saved from inside a DDP or compile wrapper; save with save_denoiser."
-    if any(key.startswith(("transformer_blocks.", "pos_embed.", "down_blocks.")) for key in extra):
-        return "Likely cause: a diffusers file, whose tensors have other names; convert it first."
-    if any("_norm." in key for key in missing + extra) and all("_norm." in key for key in missing + extra):
-        return "Likely cause: model.qk_norm differs."
-    if misshapen and not missing + extra and all(key.startswith(ends) for key in misshapen):
-        return "Likely cause: model.in_channels or model.patch_size differs; was the autoencoder changed?"
-    if misshapen and not missing + extra:
-        return "Likely cause: the same class at another size; check config.json beside the file."
-    return (
-        "Likely cause: another class or depth; check config.json beside the file, or carry over with reparameterize.py."
-    )
+def _likely_cause(names: list[str]) -> str:
+    return next(cause for some, pattern, cause in CAUSES if some(re.search(pattern, name) for name in names))

@@ -50,8 +50,16 @@ def test_imports_only_go_down(file: Path):
 
 @SOURCES
 def test_no_checkpoint_is_code(file: Path):
-    """torch.load and torch.save pickle, and a pickle runs what it likes when read."""
-    assert not re.search(r"\btorch\.(load|save)\(|allow_pickle\s*=\s*True", file.read_text())
+    """torch.load and torch.save pickle, and a pickle runs what it likes when read, unless read as data alone.
+
+    One module knows them, for the .ckpt files that others made or need.
+    """
+    text = file.read_text()
+    calls = re.findall(r"\btorch\.(load|save)\(([^)]*)", text)
+    if file == ROOT / "models/pickled.py":
+        calls = [call for call, arguments in calls if call == "load" and "weights_only=True" not in arguments]
+    assert not calls
+    assert not re.search(r"allow_pickle\s*=\s*True", text)
 
 
 @pytest.mark.parametrize("folder", ["training", "diffusion", "models", "data"])

@@ -3,13 +3,14 @@
     objective                      scheduler                       its timesteps
     eps, x0, v   index             DPM-Solver++, the same betas    0..999, the table's index, trailing
                  noise             DPM-Solver++, betas of k/1000   k = 1000 t, to the largest t trained at, trailing
-    flow         in MMDiT          FlowMatchEuler, the same shift  1000 t
-                 in the others     DPM-Solver++, flow sigmas       1000 t, rounded down; the first is 999
+    flow         noise, in MMDiT   FlowMatchEuler, the same shift  1000 t
+                 whole             DPM-Solver++, flow sigmas       1000 t, rounded down; the first is 999
 
 DPM-Solver++ of first order is Euler's method on z = (1-t) x0 + t eps, as ours is and as DDIM is meant to be; the DDIM
 of diffusers steps by 1000 // steps, so that it misses its own timesteps where that leaves a rest. A terminal time
-without signal has alpha = 2^-12 there. Only FlowMatchEuler takes steps between the thousandths, and only SD3's pipeline
-can call it: the others ask their scheduler for `scale_model_input`, which it lacks.
+without signal has alpha = 2^-12 there. Only FlowMatchEuler tells times between the thousandths, and only SD3's pipeline
+can call it: the others ask their scheduler for `scale_model_input`, which it lacks. Networks of flow that were told the
+time itself are given `whole` times there, which is not quite the same.
 """
 
 from typing import Any
@@ -21,7 +22,12 @@ from diffusion.objective import NetworkTime, Objective, ObjectiveConfig, Predict
 from diffusion.schedule import Betas, Path, alpha_sigma
 from diffusion.timesteps import TimeLaw
 
-PREDICTIONS = {Prediction.eps: "epsilon", Prediction.x0: "sample", Prediction.v: "v_prediction"}
+PREDICTIONS: dict[Prediction, Any] = {
+    Prediction.eps: "epsilon",
+    Prediction.x0: "sample",
+    Prediction.v: "v_prediction",
+    Prediction.flow: "flow_prediction",
+}
 TERMINAL = 2.0**-24  # of alpha_bar where there is no signal, as the schedulers have it
 ENDS = {Betas.scaled_linear: (0.00085, 0.012), Betas.linear: (0.0001, 0.02)}
 
@@ -32,14 +38,14 @@ def scheduler_for(objective: Objective, fractions: bool) -> Any:
 
     config = objective.config
     if config.path is Path.linear:
-        if config.prediction is not Prediction.flow or config.network_time is not NetworkTime.noise:
+        if config.prediction is not Prediction.flow or config.network_time is NetworkTime.index:
             raise ValueError(
                 f"objective.prediction={config.prediction.name} with network_time={config.network_time.name} on"
-                " objective.path=linear has no public scheduler; there is one for flow with network_time=noise"
+                " objective.path=linear has no public scheduler; there is one for flow with network_time=whole"
             )
-        if fractions:
+        if fractions and config.network_time is NetworkTime.noise:
             return diffusers.FlowMatchEulerDiscreteScheduler(shift=config.shift)
-        table = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.shift}
+        table = {"use_flow_sigmas": True, "flow_shift": config.shift}
     elif config.network_time is NetworkTime.index:
         start, end = ENDS[config.betas]
         table = {
@@ -54,9 +60,9 @@ def scheduler_for(objective: Objective, fractions: bool) -> Any:
     return diffusers.DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++",
         solver_order=1,
+        prediction_type=PREDICTIONS[config.prediction],
         timestep_spacing="trailing",
         final_sigmas_type="zero",
-        **({"prediction_type": PREDICTIONS[config.prediction]} if config.path is Path.vp else {}),
         **table,
     )
 
@@ -84,29 +90,30 @@ def walked(scheduler: Any, steps: int) -> Tensor:
 def objective_of(scheduler: Any) -> ObjectiveConfig:
     """What a public pipeline's network was trained to predict, as its scheduler tells."""
     config, name = scheduler.config, type(scheduler).__name__
-    kind = config.get("prediction_type", "flow_prediction")
-    if kind == "flow_prediction":
+    words = {word: prediction for prediction, word in PREDICTIONS.items()}
+    prediction = words[config.get("prediction_type", "flow_prediction")]
+    if prediction is Prediction.flow:
         if config.get("use_dynamic_shifting"):
             raise ValueError(
                 f"{name} has use_dynamic_shifting=true, a shift for every size; an objective here has one: set"
                 " use_dynamic_shifting to false and shift to that of your size in the scheduler's config"
             )
         return ObjectiveConfig(
-            prediction=Prediction.flow,
+            prediction=prediction,
             path=Path.linear,
             times=TimeLaw.logit_normal,
             shift=config.get("shift", config.get("flow_shift", 1.0)),
+            network_time=NetworkTime.noise if "FlowMatch" in name else NetworkTime.whole,
         )
-    common = {"prediction": {word: prediction for prediction, word in PREDICTIONS.items()}[kind]}
     if (betas := config.get("trained_betas")) is not None:
         if not torch.allclose(torch.tensor(betas, dtype=torch.float64), thousandths((len(betas) - 1) / 1000)):
             raise ValueError(f"{name} has trained_betas of its own, which no table here is; give one of {_tables()}")
         reaches_noise = len(betas) == 1001
-        return ObjectiveConfig(**common, times=TimeLaw.uniform if reaches_noise else TimeLaw.table)
+        return ObjectiveConfig(prediction=prediction, times=TimeLaw.uniform if reaches_noise else TimeLaw.table)
     for table, (start, end) in ENDS.items():
         if config.beta_schedule == table.name and (config.beta_start, config.beta_end) == (start, end):
             return ObjectiveConfig(
-                **common,
+                prediction=prediction,
                 betas=table,
                 zero_terminal=bool(config.get("rescale_betas_zero_snr")),
                 network_time=NetworkTime.index,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from models.base import Cond
 from models.ccdit import CCDiTConfig
+from models.interchange import to_diffusers
 from models.mmdit import MMDiTConfig
 from models.pixart import PixArtConfig
+from models.unet import UNetConfig
 from models.weights import ROOT, load_denoiser, load_strict, locate, save_denoiser
 
 SMALL = {"hidden": 16, "depth": 1, "heads": 2, "base_size": 4}
@@ -19,7 +22,10 @@ CONFIGS = [
     CCDiTConfig(**SMALL, in_channels=4, num_classes=3, qk_norm=True, positions="corner"),
     PixArtConfig(**SMALL, in_channels=4, text_dim=6),
     MMDiTConfig(**SMALL, in_channels=4, text_dim=6, pooled_dim=5, positions="crop", table_size=8),
+    PixArtConfig(**SMALL, in_channels=4, text_dim=6, kv_compression=2, kv_blocks=[0, 0]),
 ]
+CCDIT, PIXART, MMDIT, _ = CONFIGS
+UNET = UNetConfig(channels=[16, 32], depths=[1, 0], heads=[2, 2], groups=8, text_dim=6)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
@@ -81,28 +87,93 @@ def test_a_failed_write_leaves_the_former_file(tmp_path: Path, monkeypatch: pyte
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_every_misfit_is_named(tmp_path: Path):
+    save_denoiser(PIXART.build(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["patch_embed.bias"]
+    tensors |= {"stray": torch.zeros(1), "patch_embed.weight": torch.zeros(16, 16, 2, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = r"model.safetensors does not fit PixArt: 1 missing: patch_embed.bias; 1 extra: stray; "
+    message += r"1 misshapen: patch_embed.weight \(16, 16, 2, 2\) for \(16, 4, 2, 2\). Likely cause: another class"
+    with pytest.raises(ValueError, match=message):
+        load_denoiser(tmp_path)
+
+
+def refused(model, tensors, cause: str) -> None:
+    """The tensors are refused for that cause, and the model stays as it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"file does not fit {type(model).__name__}: .* Likely cause: .*{cause}"):
+        load_strict(model, tensors, source="file")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("config", "change", "cause"),
     [
-        (lambda s: s.pop("patch_embed.bias"), "1 missing: patch_embed.bias. Likely cause: another class or depth"),
-        (lambda s: s.update(stray=torch.zeros(1)), "1 extra: stray"),
-        (
-            lambda s: s.update({"patch_embed.weight": torch.zeros(16, 16, 2, 2)}),
-            r"1 misshapen: patch_embed.weight \(16, 16, 2, 2\) for \(16, 4, 2, 2\). Likely cause: model.in_channels",
-        ),
-        (lambda s: s.update({"blocks.0.table": torch.zeros(6, 8)}), "Likely cause: the same class at another size"),
-        (lambda s: s.update({"blocks.0.attn.q_norm.weight": torch.ones(8)}), "Likely cause: model.qk_norm differs"),
-        (lambda s: s.update({"module.stray": torch.zeros(1)}), "Likely cause: saved from inside a DDP or compile"),
-        (lambda s: s.update({"transformer_blocks.0.x": torch.zeros(1)}), "Likely cause: a diffusers file"),
+        (PIXART, {"qk_norm": True}, "model.qk_norm"),
+        (MMDIT, {"qk_norm": True}, "model.qk_norm"),
+        (PIXART, {"kv_compression": 2}, "model.kv_compression"),
+        (MMDIT, {"dual": 1}, "model.dual"),
+        (PIXART, {"mlp_ratio": 2}, "model.mlp_ratio"),
+        (PIXART, {"variance": True}, "model.variance"),
+        (CCDIT, {"num_classes": 7}, "model.num_classes"),
+        (PIXART, {"in_channels": 16}, "was the autoencoder changed"),
+        (PIXART, {"patch_size": 4}, "model.in_channels or model.patch_size"),
+        (UNET, {"in_channels": 16}, "was the autoencoder changed"),
+        (PIXART, {"text_dim": 8}, "were the text encoders changed"),
+        (UNET, {"text_dim": 8}, "were the text encoders changed"),
+        (MMDIT, {"text_dim": 8, "pooled_dim": 9}, "were the text encoders changed"),
+        (UNET, {"vector_dim": 8}, "were the text encoders changed"),
+        (CCDIT, {"depth": 2}, "model.depth"),
+        (PIXART, {"depth": 2}, "model.depth"),
+        (MMDIT, {"depth": 2}, "model.depth"),
+        (UNET, {"depths": [2, 0]}, "model.depths"),
+        (UNET, {"layers": 1}, "model.layers"),
+        (CCDIT, {"hidden": 32}, "the same class in other sizes"),
+        (CCDIT, {"heads": 4}, "the same class in other sizes"),  # of the norms of queries and keys
+        (PIXART, {"hidden": 32}, "the same class in other sizes"),
+        (UNET, {"channels": [32, 64]}, "the same class in other sizes"),
+        (PIXART, {"hidden": 32, "depth": 2}, "another class"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, dict) else ",".join(value),
+)
+def test_another_option_is_the_cause_whichever_side_has_it(config, change, cause):
+    one, other = config.build(), replace(config, **change).build()
+    refused(one, other.state_dict(), cause)
+    refused(other, one.state_dict(), cause)
+
+
+@pytest.mark.parametrize(
+    ("rename", "cause"),
+    [
+        (lambda name: f"module.{name}", "saved from inside a DDP or compile wrapper"),
+        (lambda name: f"_orig_mod.{name}", "saved from inside a DDP or compile wrapper"),
+        (lambda name: name.replace("blocks.0.", "blocks.0._orig_mod."), "saved from inside a DDP or compile wrapper"),
+        (lambda name: f"ema.{name}", "an average saved under a prefix"),
+        (lambda name: f"model_ema.{name.replace('.', '')}", "an average saved under a prefix"),
+        (lambda name: f"model.diffusion_model.{name}", "the original layout of a single file"),
+        (lambda name: name.replace("patch_embed.", "x_embedder.proj."), "the original layout of a single file"),
+        (lambda name: name.replace(".weight", ".lora_A.weight"), "a LoRA"),
+        (lambda name: f"lora_unet_{name.replace('.', '_')}", "a LoRA"),
+        (lambda name: name.replace("final.", "head."), "another class"),
     ],
 )
-def test_loading_is_strict(spoil, message: str, tmp_path: Path):
-    save_denoiser(CONFIGS[1].build(), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    spoil(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"model.safetensors does not fit PixArt: .*{message}"):
-        load_denoiser(tmp_path)
+def test_names_betray_a_foreign_file(rename, cause):
+    model = PIXART.build()
+    refused(model, {rename(name): tensor for name, tensor in model.state_dict().items()}, cause)
+
+
+@pytest.mark.parametrize("config", [replace(CCDIT, qk_norm=False, as_diffusers=True), PIXART, MMDIT, UNET])
+def test_a_diffusers_file_is_recognised(config):
+    model = config.build()
+    refused(model, to_diffusers(model).state_dict(), "a diffusers file")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_another_class_is_recognised(config):
+    for other in (CCDIT, PIXART, MMDIT, UNET):
+        if type(other) is not type(config):
+            refused(config.build(), other.build().state_dict(), "another class")
 
 
 def test_only_ten_names_are_listed():
@@ -112,16 +183,6 @@ def test_only_ten_names_are_listed():
     listed = str(error.value).split("missing: ")[1].split(". Likely")[0].split(", ")
     assert len(listed) == 11
     assert listed[-1] == "..."
-
-
-def test_a_misfit_leaves_the_model_as_it_was():
-    model = CONFIGS[1].build()
-    before = model.patch_embed.weight.clone()
-    tensors = {key: value + 1 for key, value in model.state_dict().items()}
-    del tensors["patch_embed.bias"]
-    with pytest.raises(ValueError, match="1 missing"):
-        load_strict(model, tensors, source="somewhere")
-    assert torch.equal(model.patch_embed.weight, before)
 
 
 def test_errors_of_the_folder_are_readable(tmp_path: Path):

@@ -1,0 +1,116 @@
+"""What an export says of itself: a pipeline's model card, and a single file's metadata.
+
+The card has Python that draws with diffusers alone, and what the public class does otherwise than our sampler.
+"""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from torch import nn
+
+from diffusion.objective import NetworkTime
+from diffusion.schedule import Betas, Path
+from inference.export.scheduler import PREDICTIONS, walked
+from inference.export.single_file import modelspec
+from inference.pipeline import Pipeline, plain
+
+OBJECTIVE = "triptych.objective"  # a single file's whole objective, as in pipeline.json
+
+
+def model_card(pipeline: Pipeline, public: Any, title: str) -> str:
+    """README.md with the front matter that model hubs read."""
+    description, name = pipeline.description, type(public).__name__
+    sampler, objective = description.sampler, description.objective
+    task = "text-to-image" if description.text else "unconditional-image-generation"
+    times = walked(public.scheduler, sampler.steps)
+    size = sum(parameter.numel() for parameter in pipeline.denoiser.parameters())
+    rows = {
+        "network": f"{type(pipeline.denoiser).__name__}, {size:,} parameters",
+        "prediction": f"{objective.prediction.name}, path {objective.path.name}",
+        "scheduler": type(public.scheduler).__name__,
+        "resolution": f"{description.resolution} px",
+        "noise times of its steps": f"{times[0]:.4f}, {times[1]:.4f}, ... {times[-2]:.4f}, {times[-1]:.0f}",
+    }
+    lines = [
+        f"---\nlibrary_name: diffusers\npipeline_tag: {task}\ntags: [triptych, {objective.prediction.name}]\n---\n",
+        f"# {title}\n",
+        f"A `{name}` of diffusers, trained with Triptych. It needs no code of Triptych:\n",
+        f"```python\n{snippet(pipeline, public)}\n```\n",
+        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items()) + "\n",
+    ]
+    if notes := departures(pipeline, public):
+        lines += ["What Triptych's sampler does that this class does not:\n", *(f"* {note}" for note in notes), ""]
+    return "\n".join(lines)
+
+
+def snippet(pipeline: Pipeline, public: Any) -> str:
+    """Python that draws a picture with diffusers alone, as our sampler draws it."""
+    name, sampler = type(public).__name__, pipeline.description.sampler
+    call: dict[str, Any] = {"guidance_scale": sampler.guidance}
+    if name == "StableDiffusion3Pipeline":
+        call["sigmas"] = f"[1 - i / {sampler.steps} for i in range({sampler.steps})]"
+        call["max_sequence_length"] = pipeline.description.text and (
+            pipeline.description.text.length or pipeline.description.text.empty
+        )
+    else:
+        call["num_inference_steps"] = sampler.steps
+    if name == "DiTPipeline":
+        subject = "class_labels=[0]"
+    else:
+        side = pipeline.description.resolution
+        subject, call = '"a photograph of a red apple"', call | {"height": side, "width": side}
+    if name == "PixArtSigmaPipeline":
+        text = pipeline.description.text
+        call |= {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": text and text.length}
+    if sampler.rescale and name.startswith("StableDiffusion"):
+        call["guidance_rescale"] = sampler.rescale
+    if sampler.name.name == "ddim" and sampler.eta:
+        call["eta"] = sampler.eta
+    arguments = ", ".join([subject, *(f"{key}={value}" for key, value in call.items())])
+    absent = "".join(f", {key}=None" for key in ("text_encoder_3", "tokenizer_3") if getattr(public, key, 0) is None)
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("this folder"{absent})\n'
+        f"pipeline({arguments}).images[0]"
+    )
+
+
+def departures(pipeline: Pipeline, public: Any) -> list[str]:
+    """What the public class cannot be told."""
+    sampler, config, notes = pipeline.description.sampler, pipeline.denoiser.config, []
+    if list(sampler.interval) != [0.0, 1.0]:
+        notes.append(f"guides only at noise times {sampler.interval[0]:g} to {sampler.interval[1]:g}")
+    if sampler.rescale:
+        notes.append("rescales guidance by the contrast of the clean picture, not of the prediction")
+    if sampler.name.name == "heun":
+        notes.append("takes second-order (Heun) steps")
+    if getattr(config, "positions", None) == "centre":
+        notes.append(
+            f"anchors positions by their centre: the same at {pipeline.description.resolution} px, not at other sizes"
+        )
+    if pipeline.description.objective.shift != 1 and type(public.scheduler).__name__ == "DDIMScheduler":
+        notes.append(f"spaces its steps with a shift of {pipeline.description.objective.shift:g}")
+    return notes
+
+
+def file_metadata(pipeline: Pipeline, public: Any, title: str) -> dict[str, str]:
+    """Metadata of a single file. ValueError if its readers would take it for something else."""
+    description = pipeline.description
+    objective = description.objective
+    if objective.path is Path.vp and (
+        objective.network_time is not NetworkTime.index or objective.betas is not Betas.scaled_linear
+    ):
+        raise ValueError(
+            f"objective.network_time={objective.network_time.name} with betas={objective.betas.name}, but readers of"
+            " single files tell networks the index of scaled_linear betas; export this one with --format diffusers"
+        )
+    about = modelspec(
+        {name: part for name, part in public.components.items() if isinstance(part, nn.Module)},
+        title=title,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        resolution=(description.resolution, description.resolution),
+        prediction_type=PREDICTIONS[objective.prediction].removesuffix("_prediction"),
+        zero_terminal_snr=objective.zero_terminal,
+    )
+    return about | {OBJECTIVE: json.dumps(plain(objective))}
