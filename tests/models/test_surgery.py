@@ -9,8 +9,9 @@ from torch import nn
 from models.base import Cond
 from models.ccdit import CCDiT, CCDiTConfig
 from models.mmdit import MMDiTConfig
+from models.modulation import GRID, MODES, block_r2, modulations
 from models.pixart import PixArt, PixArtConfig
-from models.surgery import GRID, MODES, block_r2, gap, modulations, null_condition, transfer
+from models.surgery import gap, null_condition, transfer
 from models.unet import UNetConfig
 
 SIZE = {"hidden": 32, "depth": 3, "heads": 4, "base_size": 8, "qk_norm": True}
@@ -145,8 +146,12 @@ def test_r2_is_one_where_the_decomposition_is_exact():
         replace(PIXART, patch_size=4),
         replace(PIXART, in_channels=16),
         replace(CCDIT, num_classes=9),
+        replace(CCDIT, depth=5),
+        replace(CCDIT, depth=2),
+        replace(PIXART, hidden=64, heads=8, depth=4),
+        replace(MMDIT, hidden=64, heads=8, depth=4, dual=2),
     ],
-    ids=["CCDiT", "PixArt", "MMDiT", "patch", "channels", "classes"],
+    ids=["CCDiT", "PixArt", "MMDiT", "patch", "channels", "classes", "deeper", "shallower", "wider", "all"],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_every_tensor_is_accounted_for(target, mode: str):
@@ -207,20 +212,12 @@ def test_larger_patches_see_a_larger_picture_as_before():
         torch.testing.assert_close(target.tokens(enlarged(x)), source.tokens(x), rtol=1e-10, atol=1e-10)
         actual = target(enlarged(x), t, Cond(text=torch.randn(2, 3, 12, dtype=torch.float64)))
         torch.testing.assert_close(actual, enlarged(source(x, t, Cond())), rtol=1e-10, atol=1e-10)
+    assert differences(source, target)[2] < 1e-12  # so does the gap
     back = replace(CCDIT, patch_size=2).build().double()
     middle = replace(CCDIT, patch_size=4, base_size=16).build().double()
     transfer(source, middle)
     transfer(middle, back)
     assert differences(source, back).max() < 1e-12  # and smaller again: nothing was lost
-
-
-def test_another_autoencoder_renews_both_ends():
-    source, target = stirred(CCDIT.build()), replace(CCDIT, in_channels=16).build().double()
-    account = transfer(source, target)
-    assert account.names("initialised") == ["patch_embed.weight", "final.linear.weight", "final.linear.bias"]
-    assert any("in_channels 4 -> 16" in line for line in account.summary())
-    with pytest.raises(ValueError, match="in_channels differ.*4, 16"):
-        differences(source, target)
 
 
 def test_image_stream_of_mmdit_is_the_ccdit_but_for_the_share_of_the_text():
@@ -244,6 +241,8 @@ def test_summary_names_parts_by_what_became_of_them():
     assert kinds["folded"] == ["time_mlp.fc2.bias", "blocks.*.table", "final.table"]
     assert kinds["initialised"] == ["text_mlp.fc1", "text_mlp.fc2", "blocks.*.cross_attn.q", "blocks.*.cross_attn.kv"]
     assert {"patch_embed", "time_mlp.fc2.weight", "blocks.*.attn", "blocks.*.mlp"} <= set(kinds["copied"])
+    deeper = transfer(CCDIT.build(), replace(CCDIT, depth=5).build()).summary()
+    assert any(line.endswith("parameters  blocks.{1,3}.attn.out, blocks.{1,3}.mlp.fc2") for line in deeper)
 
 
 def test_low_precision_and_float_sources_fit_any_target():
@@ -264,10 +263,25 @@ def test_notes_name_what_counts_do_not_say():
 @pytest.mark.parametrize(
     ("source", "target", "options", "message"),
     [
-        (CCDIT, replace(PIXART, depth=2), {}, "model.depth=2 where the source CCDiT has depth=3.*give model.depth=3"),
-        (CCDIT, replace(CCDIT, hidden=64), {}, "model.hidden=64 where the source CCDiT has hidden=32"),
+        (CCDIT, replace(CCDIT, hidden=48), {}, "model.hidden=48 where the source CCDiT has hidden=32.*model.heads=4"),
+        (CCDIT, replace(PIXART, hidden=64), {}, "multiplied by one whole number.*model.hidden=64 model.heads=8"),
         (CCDIT, replace(PIXART, heads=2), {}, "model.heads=2 .* heads=4"),  # all shapes fit, but for the norms
-        (PIXART, replace(PIXART, qk_norm=False, depth=1), {}, "model.depth=1, model.qk_norm=False"),
+        (CCDIT, replace(CCDIT, hidden=16), {}, "model.hidden=16 where .* give model.hidden=32 model.heads=4"),
+        (PIXART, replace(PIXART, qk_norm=False, mlp_ratio=2), {}, "mlp_ratio=2, model.qk_norm=False.*no rule carries"),
+        (UNET, replace(UNET, channels=[32, 32]), {}, r"model.channels=\[32,64\] model.heads=\[4,8\]"),
+        (
+            UNET,
+            replace(UNET, groups=4),
+            {},
+            "model.groups=4 where the source UNet has groups=8; no rule.*model.groups=8",
+        ),
+        (
+            UNET,
+            UNetConfig(channels=[16], depths=[0], heads=[2], text_dim=12, vector_dim=262, groups=8),
+            {},
+            r"model.channels=\[16\], model.heads=\[2\] where the source UNet has channels=\[16, 32\]",
+        ),
+        (replace(MMDIT, dual=2), replace(MMDIT, depth=5, dual=2), {}, "model.dual=2 where .* becomes number 2.*dual=3"),
         (UNET, PIXART, {}, "no transfer exists from UNet to PixArt"),
         (PIXART, CCDIT, {}, "no transfer exists from PixArt to CCDiT.*init.from=null"),
         (PIXART, MMDIT, {}, "no transfer exists from PixArt to MMDiT"),
@@ -281,3 +295,8 @@ def test_errors_name_both_sides_and_leave_the_target_alone(source, target, optio
     with pytest.raises(ValueError, match=message):
         transfer(source.build(), model, **options)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_networks_of_other_latents_cannot_be_compared():
+    with pytest.raises(ValueError, match="in_channels differ.*4, 16"):
+        differences(CCDIT.build(), replace(CCDIT, in_channels=16).build())
