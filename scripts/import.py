@@ -33,7 +33,7 @@ def bring(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise ValueError(f"{options.out} exists already and is never overwritten; move it away or choose another --out")
 
-    from inference.export.start import from_public, from_single_file
+    from inference.export.start import BESIDE, from_public, from_single_file
     from models.folder import publish
     from models.weights import save_denoiser
 
@@ -51,10 +51,12 @@ def bring(options: argparse.Namespace) -> None:
         start.description.save(aside)
 
     publish(options.out, write)
-    size = sum(parameter.numel() for parameter in start.denoiser.parameters())
-    print(
-        f"wrote {options.out}: {type(start.denoiser).__name__}, {size:,} parameters; start with init.from={options.out}"
-    )
+    known, size = start.description, sum(parameter.numel() for parameter in start.denoiser.parameters())
+    kind, says = type(start.denoiser).__name__, known.objective.prediction.name
+    frozen = {"vae": known.vae.path, "text": known.text.path if known.text else None}
+    where = [f"{group}.path={options.out if path == BESIDE else path}" for group, path in frozen.items() if path]
+    print(f"wrote {options.out}: {kind}, {size:,} parameters, {says} at {known.resolution} px")
+    print(f"start from it with init.from={options.out} {' '.join(where)} and the model= of its size")
 
 
 if __name__ == "__main__":
