@@ -27,7 +27,7 @@ from models.layers import (
     gated,
     gelu_tanh,
     init_zero,
-    modulate,
+    modulate_by,
 )
 
 
@@ -65,8 +65,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)[:, None].chunk(6, dim=-1)
-        x = gated(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa)))
-        return gated(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp, self.mlp_eps)))
+        x = gated(x, gate_msa, self.attn(x, modulate_by(shift_msa, scale_msa)))
+        return gated(x, gate_mlp, self.mlp(x, modulate_by(shift_mlp, scale_mlp, self.mlp_eps)))
 
 
 class CCDiT(PatchTransformer):

@@ -10,11 +10,14 @@ Tensor names are common to the networks, so that surgery can copy a trunk by nam
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.base import ModelConfig, indivisible, require_positive
 from models.embed import POSITIONS, TIME_DIM, positions, time_embedding
@@ -65,6 +68,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tens
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
+def modulate_by(shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Callable[[Tensor], Tensor]:
+    """`modulate` as a function of x alone, to stand before a layer that is `lean`."""
+    return partial(modulate, shift=shift, scale=scale, eps=eps)
+
+
 def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate y; x and y (b, n, hidden), gate (b, 1, hidden)."""
     return torch.addcmul(x, gate, y)
@@ -76,6 +84,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return y.transpose(1, 2).flatten(2)
 
 
+Before = Callable[[Tensor], Tensor] | None
+LEAN_FROM = 2**19  # numbers in x
+
+
+def lean(layer: nn.Module, before: Before, x: Tensor) -> Tensor:
+    """layer(before(x)), keeping x for the backward pass and not before(x), which is cheap and computed again.
+
+    torch stops the second computation as soon as it has what the gradient needs, so the layer's product is not
+    repeated. A compiler finds by itself what to compute again, and what is small is kept: the second call would cost
+    more than it is worth.
+    """
+    if before is None:
+        return layer(x)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.numel() < LEAN_FROM:
+        return layer(before(x))
+    return checkpoint(lambda x: layer(before(x)), x, use_reentrant=False, preserve_rng_state=False)
+
+
 class MLP(nn.Module):
     """Linear, activation, Linear."""
 
@@ -85,8 +111,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(width, width_out)
         self.act = act
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, x: Tensor, before: Before = None) -> Tensor:
+        return self.fc2(self.act(lean(self.fc1, before, x)))
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -115,16 +141,16 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(hidden // heads, eps=1e-6) if qk_norm else None
         self.out = nn.Linear(hidden, hidden) if project else None
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, x: Tensor, before: Before = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values: (b, n, hidden) -> 3 x (b, n, heads, d)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = lean(self.qkv, before, x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, before: Before = None) -> Tensor:
         assert self.out is not None
-        return self.out(attend(*self.heads_of(x)))
+        return self.out(attend(*self.heads_of(x, before)))
 
 
 class CrossAttention(nn.Module):
@@ -156,19 +182,61 @@ class Final(nn.Module):
         return self.linear(modulate(x, shift, scale))
 
 
+class Checkpointing(Enum):
+    """What of a block is kept for the backward pass; the rest is computed again."""
+
+    none = "none"  # everything, but see `lean`
+    selective = "selective"  # results of products and of attention
+    full = "full"  # the block's inputs
+
+
+PRODUCTS = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+}  # fmt: skip
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def call(unit: nn.Module, checkpointing: Checkpointing, *args: Any) -> Any:
+    """unit(*args), with that much kept for the backward pass. No unit draws random numbers, so no state is kept."""
+    if checkpointing is Checkpointing.none:
+        return unit(*args)
+    if checkpointing is Checkpointing.full:
+        return checkpoint(unit, *args, use_reentrant=False, preserve_rng_state=False)
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(unit, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
 class Denoiser(nn.Module):
-    """What every network of ours carries: its config, and checkpoints of its blocks in training."""
+    """What every network of ours carries: its config, and units that are recomputed and compiled one by one."""
+
+    call: Callable[..., Any]
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.call = call
 
-    def run(self, block: nn.Module, *args: Tensor | None):
-        """Call a block; in training with gradient checkpointing its activations are recomputed, not kept."""
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+    def units(self) -> list[nn.Module]:
+        """The modules that `run` is called with."""
+        return list(self.blocks)  # pyright: ignore[reportArgumentType]
+
+    def checkpoint(self, checkpointing: Checkpointing, every: int = 1) -> None:
+        """In training, keep only so much of every n-th unit for the backward pass, and compute the rest again."""
+        for index, unit in enumerate(self.units()):
+            setattr(unit, "checkpointing", Checkpointing.none if index % every else checkpointing)  # noqa: B010
+
+    def run(self, unit: nn.Module, *args: Any) -> Any:
+        """Call a unit, through `call` or what was compiled of it."""
+        kept = getattr(unit, "checkpointing", Checkpointing.none) if self.training else Checkpointing.none
+        return self.call(unit, kept, *args)
 
     def checked(self, x: Tensor) -> Tensor:
         """`x` (b, c, h, w) itself, if it has the channels that the network was made for."""

@@ -27,7 +27,7 @@ from models.layers import (
     gelu_tanh,
     init_small,
     init_zero,
-    modulate,
+    modulate_by,
     text_states,
 )
 
@@ -76,7 +76,7 @@ class Stream(nn.Module):
     def before(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Queries, keys and values of the stream, and the modulation left for `after`."""
         shift, scale, *rest = self.modulation(c)[:, None].split(x.shape[-1], dim=-1)
-        return self.attn.heads_of(modulate(x, shift, scale)), tuple(rest)
+        return self.attn.heads_of(x, modulate_by(shift, scale)), tuple(rest)
 
     def after(
         self, x: Tensor, y: Tensor, gate_msa: Tensor, shift: Tensor, scale: Tensor, gate_mlp: Tensor, *dual: Tensor
@@ -87,8 +87,8 @@ class Stream(nn.Module):
         out = gated(x, gate_msa, self.attn.out(y))
         if self.attn2 is not None:
             shift2, scale2, gate2 = dual
-            out = gated(out, gate2, self.attn2(modulate(x, shift2, scale2)))
-        return gated(out, gate_mlp, self.mlp(modulate(out, shift, scale)))
+            out = gated(out, gate2, self.attn2(x, modulate_by(shift2, scale2)))
+        return gated(out, gate_mlp, self.mlp(out, modulate_by(shift, scale)))
 
 
 class Block(nn.Module):
@@ -102,8 +102,9 @@ class Block(nn.Module):
     def forward(self, text: Tensor, image: Tensor, c: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         text_qkv, text_rest = self.text.before(text, c)
         image_qkv, image_rest = self.image.before(image, c)
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
-        text_y, image_y = attend(q, k, v, mask).split([text.shape[1], image.shape[1]], dim=1)
+        y = attend(*(torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True)), mask=mask)
+        del text_qkv, image_qkv  # large, and of no use while `after` needs room
+        text_y, image_y = y.split([text.shape[1], image.shape[1]], dim=1)
         if text_rest:
             text = self.text.after(text, text_y, *text_rest)
         return text, self.image.after(image, image_y, *image_rest)

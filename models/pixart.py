@@ -6,11 +6,15 @@
     x <- x + cross_attn(x, text)                                       neither normed nor gated; starts at zero
     x <- x + gate_mlp mlp(LN(x) (1 + scale_mlp) + shift_mlp)
 
+PixArt-Sigma (Chen et al. 2024, arXiv 2403.04692) shortens the self-attention of chosen blocks: before the softmax, the
+keys and the values of each window of r x r tokens become one, LN(conv(k)) and LN(conv(v)) with one depthwise
+convolution of stride r and one norm for both. The convolution starts as the mean of the window.
+
 Self-attention, MLP, patch embedding, time MLP and last linear have the names and shapes of `models.ccdit`, so that a
 class-conditioned trunk can be carried over tensor by tensor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +23,18 @@ from torch import Tensor, nn
 from models.base import Cond, require_positive
 from models.layers import (
     MLP,
+    Before,
     CrossAttention,
     PatchTransformer,
     SelfAttention,
     TransformerConfig,
+    attend,
     gated,
     gelu_tanh,
     init_small,
     init_zero,
     modulate,
+    modulate_by,
     open_empty,
     text_states,
 )
@@ -35,34 +42,85 @@ from models.layers import (
 
 @dataclass(slots=True, kw_only=True)
 class PixArtConfig(TransformerConfig):
-    """PixArt-XL/2 at 256 px for T5-XXL states, without the learnt variance."""
+    """PixArt-XL/2 at 256 px for T5-XXL states, without the learnt variance.
+
+    kv_compression: side r of the windows of keys and values, 1 for none. kv_blocks: the first and the last block that
+    has them; [] for all. qk_norm is RMS per head here, where PixArt-Sigma's own option, which no public configuration
+    of it sets, is LN over the whole width.
+    """
 
     text_dim: int = 4096
+    kv_compression: int = 1
+    kv_blocks: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         TransformerConfig.__post_init__(self)
-        require_positive(self, "text_dim")
+        require_positive(self, "text_dim", "kv_compression")
+        if self.kv_blocks and not (
+            len(self.kv_blocks) == 2 and 0 <= self.kv_blocks[0] <= self.kv_blocks[1] < self.depth
+        ):
+            raise ValueError(
+                f"model.kv_blocks={self.kv_blocks} is not the first and the last of some of the blocks 0 to "
+                f"{self.depth - 1}; [{self.depth // 2}, {self.depth - 1}] is, and [] means all"
+            )
+
+    def window(self, block: int) -> int:
+        """Side of the windows of keys and values in a block."""
+        first, last = self.kv_blocks or (0, self.depth - 1)
+        return self.kv_compression if first <= block <= last else 1
 
     def build(self) -> "PixArt":
         return PixArt(self)
 
 
+class Compress(nn.Module):
+    """Windows of tokens to one token each: a depthwise convolution and a norm, as in PixArt-Sigma."""
+
+    def __init__(self, hidden: int, window: int):
+        super().__init__()
+        self.window = window
+        self.conv = nn.Conv2d(hidden, hidden, window, stride=window, groups=hidden)
+        self.norm = nn.LayerNorm(hidden)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Keys or values (b, n, heads, d) of a grid of n tokens -> (b, m, heads, d).
+
+        Rows and columns beyond the last whole window are left out, as the public code does: nothing attends to them.
+        """
+        if min(grid) < self.window:
+            raise ValueError(
+                f"model.kv_compression={self.window} but the picture is {grid[0]} x {grid[1]} tokens, not one window; "
+                "give a larger picture, or set kv_compression=1"
+            )
+        y = self.conv(x.flatten(2).mT.unflatten(2, grid))  # b hidden rows columns
+        return self.norm(y.flatten(2).mT).view(x.shape[0], -1, *x.shape[2:])
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, window: int):
         super().__init__()
         hidden = config.hidden
         self.table = nn.Parameter(torch.empty(6, hidden))
         self.attn = SelfAttention(hidden, config.heads, config.qk_norm)
+        self.compress = Compress(hidden, window) if window > 1 else None
         self.cross_attn = CrossAttention(hidden, config.heads, hidden)
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu_tanh)
 
-    def forward(self, x: Tensor, m: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, m: Tensor, text: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (m + self.table).chunk(6, dim=1)
-        x = gated(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa)))
+        x = gated(x, gate_msa, self.attend(x, grid, modulate_by(shift_msa, scale_msa)))
         x = x + self.cross_attn(x, text, mask)
-        return gated(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+        return gated(x, gate_mlp, self.mlp(x, modulate_by(shift_mlp, scale_mlp)))
+
+    def attend(self, x: Tensor, grid: tuple[int, int], before: Before = None) -> Tensor:
+        """Self-attention, to all tokens or to windows of them."""
+        if self.compress is None:
+            return self.attn(x, before)
+        assert self.attn.out is not None
+        q, k, v = self.attn.heads_of(x, before)
+        return self.attn.out(attend(q, self.compress(k, grid), self.compress(v, grid)))
 
 
 class Final(nn.Module):
@@ -87,7 +145,7 @@ class PixArt(PatchTransformer):
         super().__init__(config)
         self.modulation = nn.Linear(config.hidden, 6 * config.hidden)
         self.text_mlp = MLP(config.text_dim, config.hidden, config.hidden, gelu_tanh)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, config.window(i)) for i in range(config.depth))
         self.final = Final(config)
         self.reset_parameters()
 
@@ -102,14 +160,17 @@ class PixArt(PatchTransformer):
                 nn.init.normal_(part.table, std=self.config.hidden**-0.5)
             if isinstance(part, Block):
                 init_zero(part.cross_attn.out)
+            if isinstance(part, Compress):
+                nn.init.constant_(part.conv.weight, part.window**-2)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Predict from x_t (b, c, h, w) at t (b,) given cond.text (b, n, text_dim) and cond.text_mask (b, n)."""
         text = self.text_mlp(text_states(cond.text, cond.text_mask, self.config.text_dim))  # b m hidden
         mask = None if cond.text_mask is None else open_empty(cond.text_mask)[:, None, None]  # b 1 1 m
         x = self.tokens(x_t)  # b n hidden
+        grid = (x_t.shape[2] // self.config.patch_size, x_t.shape[3] // self.config.patch_size)
         time = self.embed_time(t)  # b hidden
         m = self.modulation(F.silu(time)).unflatten(-1, (6, -1))  # b 6 hidden
         for block in self.blocks:
-            x = self.run(block, x, m, text, mask)
+            x = self.run(block, x, m, text, mask, grid)
         return self.image(self.final(x, time), *x_t.shape[2:])

@@ -13,6 +13,7 @@ Padding tokens of the text are read like any others unless `cond.text_mask` clos
 trained without a mask.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import cast
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from models.base import Cond, ModelConfig, require_positive
 from models.embed import number_embedding, time_embedding
-from models.layers import MLP, CrossAttention, Denoiser, SelfAttention, init_zero, open_empty, text_states
+from models.layers import MLP, CrossAttention, Denoiser, SelfAttention, init_zero, lean, open_empty, text_states
 
 SIZE_DIM = 256  # sines of each number of `size_ids`
 
@@ -101,8 +102,13 @@ class GEGLU(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(a * F.gelu(b))
+        return lean(self.fc2, glu, self.fc1(x))
+
+
+def glu(x: Tensor) -> Tensor:
+    """a gelu(b), the halves being x = [a, b]."""
+    a, b = x.chunk(2, dim=-1)
+    return a * F.gelu(b)
 
 
 class Block(nn.Module):
@@ -133,10 +139,11 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, config.text_dim) for _ in range(depth))
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, run: Callable[..., Tensor]) -> Tensor:
+        """`run` calls a block: see `Denoiser`."""
         y = self.proj_in(self.norm(x).flatten(2).mT)  # b h*w width
         for block in self.blocks:
-            y = block(y, text, mask)
+            y = run(block, y, text, mask)
         return x + self.proj_out(y).mT.unflatten(2, x.shape[2:])
 
 
@@ -244,4 +251,8 @@ class UNet(Denoiser):
         """One residual block and the transformer behind it."""
         res, attn = layer
         x = self.run(res, x, e)
-        return x if attn is None else self.run(attn, x, text, mask)
+        return x if attn is None else attn(x, text, mask, self.run)
+
+    def units(self) -> list[nn.Module]:
+        """Residual blocks and the transformers' blocks."""
+        return [part for part in self.modules() if isinstance(part, ResBlock | Block)]

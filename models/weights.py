@@ -30,12 +30,12 @@ CAUSES = (
     (
         any,
         r"^model\.diffusion_model\.|^(input_blocks|joint_blocks|[xyt]_embedder)\.",
-        "the original layout of a single file; open it with diffusers, then convert with models.interchange.",
+        "the original layout of a single file, whose tensors have other names; bring it in with scripts/import.py.",
     ),
     (
         any,
         r"^(transformer_blocks|down_blocks|pos_embed)\.",
-        "a diffusers file, whose tensors have other names; convert it with models.interchange.",
+        "a diffusers file, whose tensors have other names; bring its pipeline in with scripts/import.py.",
     ),
     (any, r"_orig_mod\.|^module\.", "saved from inside a DDP or compile wrapper; save with save_denoiser."),
     (any, r"^(model_)?ema", "an average saved under a prefix; save it as a network, with save_denoiser(name='ema')."),

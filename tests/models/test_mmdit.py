@@ -109,18 +109,6 @@ def test_output_is_zero_at_the_start():
     assert model(x, t, Cond(text=text, text_mask=mask, pooled=pooled)).abs().max() == 0
 
 
-def test_checkpointing_changes_no_gradient():
-    x, t, text, mask, pooled = inputs()
-    model = stirred(MMDiTConfig(**TINY).build().double())
-    gradients = []
-    for model.gradient_checkpointing in (False, True):
-        model.zero_grad()
-        model(x, t, Cond(text=text, text_mask=mask, pooled=pooled)).square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_residual_stream_stays_float32_under_autocast():
     x, t, text, mask, pooled = (part.float() if part.is_floating_point() else part for part in inputs())
     model = stirred(MMDiTConfig(**TINY, qk_norm=True).build())

@@ -1,15 +1,22 @@
-"""PixArt against the public architecture, its size, its start and its handling of text."""
+"""PixArt against the public architecture, its size, its start, its handling of text and its windows of keys."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from configs.schema import compose
 from models.base import Cond
 from models.ccdit import CCDiTConfig
-from models.interchange import to_diffusers
-from models.pixart import PixArtConfig
+from models.interchange import from_diffusers, to_diffusers
+from models.pixart import Block, PixArtConfig
+from models.surgery import transfer
 
 TINY = {"hidden": 32, "depth": 2, "heads": 4, "base_size": 8, "text_dim": 12}
+each_window = pytest.mark.parametrize("window", [1, 2])
 
 
 def stirred(model: torch.nn.Module) -> torch.nn.Module:
@@ -121,21 +128,10 @@ def test_trunk_shares_names_and_shapes_with_ccdit():
     assert all(ccdit[key].shape == pixart[key].shape for key in ccdit.keys() - own_to_ccdit)
 
 
-def test_checkpointing_changes_no_gradient():
-    x, t, text, mask = inputs()
-    model = stirred(PixArtConfig(**TINY).build().double())
-    gradients = []
-    for model.gradient_checkpointing in (False, True):
-        model.zero_grad()
-        model(x, t, Cond(text=text, text_mask=mask)).square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_residual_stream_stays_float32_under_autocast():
+@each_window
+def test_residual_stream_stays_float32_under_autocast(window):
     x, t, text, mask = (part.float() if part.is_floating_point() else part for part in inputs())
-    model = stirred(PixArtConfig(**TINY, qk_norm=True).build())
+    model = stirred(PixArtConfig(**TINY, qk_norm=True, kv_compression=window).build())
     seen = []
     for block in model.blocks:
         block.register_forward_hook(lambda *call: seen.append(call[-1]))
@@ -145,15 +141,17 @@ def test_residual_stream_stays_float32_under_autocast():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
-def test_forward_waits_for_no_value():
+@each_window
+def test_forward_waits_for_no_value(window):
     """A meta tensor has none to give: any transfer to the host would raise."""
     x, t, text, mask = (part.to("meta") for part in inputs())
-    model = PixArtConfig(**TINY).build().double().to("meta")
+    model = PixArtConfig(**TINY, kv_compression=window).build().double().to("meta")
     assert model(x, t, Cond(text=text, text_mask=mask)).shape == x.shape
 
 
-def test_compiles_in_one_graph():
-    model = stirred(PixArtConfig(**TINY).build())
+@each_window
+def test_compiles_in_one_graph(window):
+    model = stirred(PixArtConfig(**TINY, kv_compression=window).build())
     x, t, text, mask = inputs()
     cond = Cond(text=text.float(), text_mask=mask)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -168,3 +166,126 @@ def test_refuses_missing_and_foreign_text():
         model(x, t, Cond(class_id=torch.zeros(1, dtype=torch.int64)))
     with pytest.raises(ValueError, match="model.text_dim=12 but the text states are 16 wide"):
         model(x, t, Cond(text=torch.zeros(1, 5, 16)))
+
+
+def compressing(window: int, **options) -> Block:
+    """A block whose every weight is random, also those of its windows."""
+    return stirred(PixArtConfig(**TINY, **options, kv_compression=window).build().double()).blocks[0]
+
+
+def by_hand(block: Block, x: Tensor, rows: int, columns: int) -> Tensor:
+    """PixArt-Sigma's attention, window by window and head by head."""
+    weight, bias, norm = block.compress.conv.weight[:, 0], block.compress.conv.bias, block.compress.norm
+    r, heads = weight.shape[-1], block.attn.heads
+    q, k, v = (x @ block.attn.qkv.weight.T + block.attn.qkv.bias).chunk(3, dim=-1)
+    if block.attn.q_norm is not None:
+        q, k = (
+            torch.cat(
+                [h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * part.weight for h in y.chunk(heads, -1)], -1
+            )
+            for y, part in ((q, block.attn.q_norm), (k, block.attn.k_norm))
+        )
+
+    def compressed(y: Tensor) -> Tensor:
+        tokens = []
+        for i in range(rows // r):
+            for j in range(columns // r):
+                cells = [(a, b, (i * r + a) * columns + j * r + b) for a in range(r) for b in range(r)]
+                token = sum((weight[:, a, b] * y[:, at] for a, b, at in cells), bias)
+                centred = token - token.mean(-1, keepdim=True)
+                tokens.append(centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+        return torch.stack(tokens, dim=1) * norm.weight + norm.bias
+
+    split = zip(q.chunk(heads, -1), compressed(k).chunk(heads, -1), compressed(v).chunk(heads, -1), strict=True)
+    made = [(a @ b.mT / a.shape[-1] ** 0.5).softmax(-1) @ c for a, b, c in split]
+    return torch.cat(made, -1) @ block.attn.out.weight.T + block.attn.out.bias
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("window", "grid"), [(2, (4, 6)), (2, (5, 3)), (3, (6, 4))])
+def test_windows_of_keys_and_values_are_those_of_the_public_code(window, grid, qk_norm):
+    block = compressing(window, qk_norm=qk_norm)
+    x = torch.randn(2, grid[0] * grid[1], 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(block.attend(x, grid), by_hand(block, x, *grid))
+
+
+def test_windows_start_as_a_mean_and_lose_nothing_of_what_is_constant_in_them():
+    """Equal keys in a window share the weight that one has, so only the norm is left to tell the two apart."""
+    block = PixArtConfig(**TINY, kv_compression=2).build().double().blocks[0]
+    assert (block.compress.conv.weight == 1 / 4).all()
+    assert (block.compress.conv.bias == 0).all()
+    x = torch.randn(2, 32, 3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = x.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2).mT  # 6 x 4 tokens
+    block.compress.norm = torch.nn.Identity()
+    torch.testing.assert_close(block.attend(x, (6, 4)), block.attn(x))
+
+
+def test_only_the_chosen_blocks_have_windows():
+    config = PixArtConfig(**TINY | {"depth": 4}, kv_compression=2, kv_blocks=[1, 2])
+    assert [block.compress is not None for block in config.build().blocks] == [False, True, True, False]
+    plain, unused = (
+        replace(config, kv_compression=1, kv_blocks=blocks).build().state_dict().keys() for blocks in ([], [1, 2])
+    )
+    assert (
+        plain
+        == unused
+        == config.build().state_dict().keys()
+        - {
+            f"blocks.{i}.compress.{name}"
+            for i in (1, 2)
+            for name in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
+        }
+    )
+
+
+def test_a_network_without_windows_lends_all_it_has():
+    config = PixArtConfig(**TINY)
+    source, target = config.build(), replace(config, kv_compression=2).build()
+    fresh = {name for name in target.state_dict() if ".compress." in name}
+    start = {name: target.state_dict()[name].clone() for name in fresh}
+    account = transfer(source, target)
+    assert set(account.names("initialised")) == fresh
+    expected = source.state_dict() | start
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in target.state_dict().items())
+
+
+def test_every_weight_of_a_window_learns():
+    model = stirred(PixArtConfig(**TINY, kv_compression=2).build().double())
+    x, t, text, mask = inputs()
+    model(x, t, Cond(text=text, text_mask=mask)).square().mean().backward()
+    assert all((parameter.grad != 0).all() for name, parameter in model.named_parameters() if "compress" in name)
+
+
+def test_windows_of_two_quarter_the_cost_of_attention():
+    counts, n, hidden = [], 1024, 32
+    for window in (1, 2):
+        block = PixArtConfig(**TINY, kv_compression=window).build().to("meta").blocks[0]
+        with FlopCounterMode(display=False) as counter:
+            block.attend(torch.empty(1, n, hidden, device="meta"), (32, 32))
+        counts.append(counter.get_total_flops() - 2 * n * 4 * hidden**2)  # without the linears
+    assert counts == [4 * n * n * hidden, n * n * hidden + 2 * 2 * n * hidden]  # the last: two convolutions
+
+
+def test_full_size_is_pixart_sigma():
+    config = compose("train", ["name=meta", "model=pixart_sigma_xl2"]).model
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in config.build().parameters())
+        public = PixArtTransformer2DModel(  # the options of its 1024 px in which it differs from the class's defaults
+            sample_size=128, interpolation_scale=2, caption_channels=4096, use_additional_conditions=False
+        )
+        uncompressed = from_diffusers(public).config
+    assert count == 610_837_648 + 14 * (4 * 1152 + 1152 + 2 * 1152) == 610_950_544
+    assert replace(config, kv_compression=1, kv_blocks=[], variance=True) == uncompressed
+
+
+def test_refuses_windows_that_cannot_be():
+    with pytest.raises(ValueError, match="model.kv_compression=0 is not positive"):
+        PixArtConfig(**TINY, kv_compression=0)
+    for blocks in ([1], [1, 2], [1, 0], [-1, 0], [0, 1, 1]):
+        with pytest.raises(ValueError, match=r"model.kv_blocks=.* the blocks 0 to 1; \[1, 1\] is, and \[\] means all"):
+            PixArtConfig(**TINY, kv_compression=2, kv_blocks=blocks)
+    model = PixArtConfig(**TINY, kv_compression=2).build()
+    with pytest.raises(ValueError, match="model.kv_compression=2 but the picture is 1 x 4 tokens, not one window"):
+        model(torch.zeros(1, 4, 2, 8), torch.zeros(1), Cond(text=torch.zeros(1, 5, 12)))
+    with pytest.raises(ValueError, match="model.kv_compression=2 but PixArtTransformer2DModel attends to every token"):
+        to_diffusers(model)
