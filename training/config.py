@@ -13,11 +13,13 @@ from diffusion.objective import ObjectiveConfig
 from inference.pipeline import SamplerConfig
 from models.autoencoder import AutoencoderConfig
 from models.base import ModelConfig
+from models.layers import Checkpointing
 from models.text import TextConfig
 from training.checkpoint import CheckpointConfig
 from training.ema import EMAConfig
 from training.metrics import LoggerConfig
 from training.optim import OptimConfig
+from training.speed import Attention, Compile
 
 
 class Precision(Enum):
@@ -39,8 +41,11 @@ class TrainConfig:
     log_every: int = 10_000
     text_dropout: float = 0.1  # share of images whose condition is replaced by the null
     precision: Precision = Precision.auto
-    compile: bool = False
-    gradient_checkpointing: bool = False
+    checkpointing: Checkpointing = Checkpointing.none
+    checkpoint_every: int = 1  # of so many blocks one is recomputed
+    channels_last: bool = False  # for convolutions
+    compile: Compile = Compile.none
+    attention: Attention = Attention.auto
     max_skipped: int = 50  # updates dropped for a non-finite gradient before the run gives up
 
     def __post_init__(self):
@@ -48,6 +53,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.images={self.images} and train.batch_size={self.batch_size} must be positive;"
                 " choose larger ones"
+            )
+        if self.checkpoint_every < 1:
+            raise ValueError(
+                f"train.checkpoint_every={self.checkpoint_every} counts blocks from 1, which recomputes each;"
+                " for none choose train.checkpointing=none"
             )
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"train.text_dropout={self.text_dropout} is a share; choose one between 0 and 1")

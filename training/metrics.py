@@ -114,7 +114,12 @@ class Journal:
             for key, value in numbers.items():
                 self._backend.add_scalar(key, value, images)
         if kind == "train":
-            self._bar.describe(f"loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s")
+            speed = (
+                f"{values['images_per_s']:,.1f} images/s  {values['tflops']:.3g} TFLOP/s ({values['peak_share']:.0%})"
+            )
+            self._bar.describe(f"loss {values['loss']:.4f}  {speed}")
+        elif kind == "compile":
+            self._bar.say(f"compiled in {values['seconds']:.0f} s")
 
     def advance(self, images: int) -> None:
         """Move the bar."""

@@ -24,9 +24,19 @@ from training.config import Precision, RunConfig
 from training.distributed import Ranks, session
 from training.ema import EMA
 from training.evaluate import draw_grid, subjects, take_exam
+from training.flops import Work, peak_tflops
 from training.metrics import Journal, LossSums, peak_rss_mb
 from training.optim import build_optimizer, guarded_step, learning_rate
 from training.origin import inherit
+from training.speed import (
+    Compile,
+    attention_by,
+    channels_last,
+    check_attention,
+    check_compiler,
+    compile_denoiser,
+    compile_seconds,
+)
 from training.step import condition, losses
 
 
@@ -42,6 +52,10 @@ def run(cfg: RunConfig) -> dict[str, Any]:
 def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     micro_batch = cfg.train.micro_batch_of(ranks.world)
     reader = open_data(cfg, ranks)
+    dtype = precision(cfg.train.precision, ranks.device)
+    masked = cfg.model.condition == "text" and cfg.text is not None and cfg.text.masked
+    check_attention(cfg.train.attention, ranks.device, dtype, masked)
+    check_compiler(cfg.train.compile)
     plain_config = described(cfg)
 
     torch.manual_seed(cfg.seed)
@@ -51,7 +65,9 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     autoencoder = cfg.vae.build().to(ranks.device)
     check_autoencoder(cfg, reader, autoencoder.info()["id"])
     denoiser: Any = cfg.model.build().to(ranks.device)
-    denoiser.gradient_checkpointing = cfg.train.gradient_checkpointing
+    denoiser.checkpoint(cfg.train.checkpointing, cfg.train.checkpoint_every)
+    if cfg.train.channels_last:
+        channels_last(denoiser)
     objective = Objective(cfg.objective)
     description = Description(
         objective=cfg.objective,
@@ -103,9 +119,13 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             )
         ranks.barrier()
 
-    wrapped = ranks.wrap(torch.compile(denoiser) if cfg.train.compile else denoiser)
+    compile_denoiser(denoiser, cfg.train.compile)
+    compiling = compile_seconds() if cfg.train.compile is not Compile.none else None
+    wrapped = ranks.wrap(denoiser)
     free = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    autocast = precision(cfg.train.precision, ranks.device)
+    autocast = torch.autocast(ranks.device.type, dtype) if dtype is torch.bfloat16 else nullcontext()
+    work, (peak, source) = Work(denoiser), peak_tflops(ranks.device, dtype)
+    journal.write("device", state.images_seen, {"peak_tflops": peak, "source": source, "dtype": str(dtype)})
     share = cfg.train.batch_size // ranks.world
     sums, clock, logged_at = LossSums(ranks.device), time.perf_counter(), state.images_seen
     stop = min(cfg.train.images, cfg.train.stop_at or cfg.train.images)
@@ -120,12 +140,13 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
         before, state.images_seen = state.images_seen, state.images_seen + cfg.train.batch_size
         for batch, last in with_last(islice(batches, share // micro_batch)):
             batch = batch.to(ranks.device)
-            with synchronised(wrapped, last):  # the forward too: gradients are reduced once a step
+            with synchronised(wrapped, last), attention_by(cfg.train.attention):
                 with autocast:
                     cond = condition(batch, conditioner, cfg.train.text_dropout, cfg.seed, ranks.device)
                     weighted, unweighted, t = losses(wrapped, objective, batch.latents, cond, batch.positions, cfg.seed)
                 (weighted.sum() / share).backward()
             sums.add_losses(weighted.detach(), unweighted, t)
+            work.add(batch.latents, cond)
         lr = learning_rate(cfg.optim, state.images_seen, cfg.train.images)
         sums.add_step(*guarded_step(optimizer, free, lr, cfg.optim.clip))
         ema.update(denoiser, state.images_seen, cfg.train.batch_size)
@@ -142,15 +163,21 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             values = sums.read(ranks)
             state.seconds += now - clock
             state.skipped += values["skipped"]
-            rate = (state.images_seen - logged_at) / max(now - clock, 1e-9)
+            elapsed = max(now - clock, 1e-9)
+            tflops = work.read() / elapsed / 1e12
             about = {
                 "step": state.step,
                 "lr": lr,
-                "images_per_s": rate,
+                "images_per_s": (state.images_seen - logged_at) / elapsed,
+                "tflops": tflops,  # of this device
+                "peak_share": tflops / peak,
                 "seconds": state.seconds,
                 "rss_mb": peak_rss_mb(),
             }
             journal.write("train", state.images_seen, values | about)
+            if compiling is not None:
+                journal.write("compile", state.images_seen, {"seconds": compile_seconds() - compiling})
+                compiling = None
             clock, logged_at = now, state.images_seen
             if state.skipped > cfg.train.max_skipped:
                 raise FloatingPointError(
@@ -239,16 +266,15 @@ def described(cfg: RunConfig) -> dict[str, Any]:
     return plain(cfg) | {"model": {"_class_name": type(cfg.model).__name__.removesuffix("Config"), **plain(cfg.model)}}
 
 
-def precision(wanted: Precision, device: torch.device) -> AbstractContextManager:
-    """Autocast to bf16 where asked for, or where the accelerator is good at it."""
+def precision(wanted: Precision, device: torch.device) -> torch.dtype:
+    """What products are computed in: bfloat16 where asked for, or where the accelerator is good at it."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if wanted is Precision.bf16 or (wanted is Precision.auto and able):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    halved = wanted is Precision.bf16 or (wanted is Precision.auto and able)
+    return torch.bfloat16 if halved else torch.float32
 
 
 def synchronised(module: nn.Module, last: bool) -> AbstractContextManager:
-    """Keep DDP from reducing gradients before the last micro-batch of a step."""
+    """Keep DDP from reducing gradients before the last micro-batch of a step; around the forward pass too."""
     if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
         return module.no_sync()
     return nullcontext()

@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_readme_says(config, first):
     run(cfg)
     assert (cfg.folder / "config.yaml").read_text().startswith("name: full")
     kinds = [json.loads(line)["kind"] for line in (cfg.folder / "metrics.jsonl").read_text().splitlines()]
-    assert kinds == ["train", "sample", "train", "sample", "eval"]
+    assert kinds == ["device", "train", "sample", "train", "sample", "eval"]
     assert sorted(path.name for path in (cfg.folder / "samples").iterdir()) == ["000000008.png", "000000016.png"]
     assert json.loads((cfg.folder / "evaluation.json").read_text())["count"] == 4
     names = {path.name for path in (cfg.folder / "checkpoints" / "16").iterdir()}
@@ -67,7 +67,7 @@ def test_a_run_leaves_what_the_readme_says(config, first):
 
 
 @pytest.mark.parametrize("model", ["pixart_tiny", "mmdit_tiny"])
-@pytest.mark.parametrize("options", [["train.gradient_checkpointing=true"], ["train.precision=bf16"]])
+@pytest.mark.parametrize("options", [["train.checkpointing=full"], ["train.precision=bf16"]])
 def test_options_of_the_step_train_every_text_model(config, model, options):
     cfg = config("stage3", f"model={model}", "train.images=16", *options)
     run(cfg)
