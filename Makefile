@@ -13,7 +13,7 @@ test: .venv/ok  ## run the tests
 check: .venv/ok ## format, lint and types: what CI asks besides the tests
 	@ruff format --check . && ruff check . && pyright
 bench: .venv/ok ## measure speed, and compare with the numbers in benchmarks/
-	@$(RUN) benchmarks/run.py
+	@KINETO_LOG_LEVEL=6 $(RUN) benchmarks/run.py # torch's profiler would write into the table
 
 .venv/ok: requirements.lock pyproject.toml scripts/setup.sh
 	@bash scripts/setup.sh $(PYTHON)
