@@ -10,7 +10,7 @@ denoiser with some tensors left at their start still draws, only badly.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib import import_module
@@ -25,7 +25,8 @@ from models.base import ModelConfig
 
 # Why tensors do not fit: the first line whose pattern is found in any, or in all, of the names that are missing, extra
 # or misshapen, the last of these written "name (2, 3) for (4, 3)".
-CAUSES = (
+Causes = Sequence[tuple[Callable[[Iterable[object]], bool], str, str]]
+CAUSES: Causes = (
     (any, r"lora", "a LoRA, which is added to a model and is none itself; load the model that it was made for."),
     (
         any,
@@ -99,10 +100,16 @@ def load_strict(model: nn.Module, tensors: Mapping[str, Tensor], source: str, as
         ],
     }
     if any(problems.values()):
-        lists = "; ".join(f"{len(keys)} {kind}: {first_names(keys)}" for kind, keys in problems.items() if keys)
-        cause = _likely_cause([key for keys in problems.values() for key in keys])
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {lists}. Likely cause: {cause}")
+        raise misfit(source, type(model).__name__, problems, CAUSES)
     model.load_state_dict(tensors, assign=assign)
+
+
+def misfit(source: str, wanted: str, problems: Mapping[str, list[str]], causes: Causes) -> ValueError:
+    """An error with the names of tensors that do not fit, by what is wrong with them, and the likeliest cause."""
+    lists = "; ".join(f"{len(names)} {kind}: {first_names(names)}" for kind, names in problems.items() if names)
+    every = [name for names in problems.values() for name in names]
+    cause = next(cause for some, pattern, cause in causes if some(re.search(pattern, name) for name in every))
+    return ValueError(f"{source} does not fit {wanted}: {lists}. Likely cause: {cause}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -188,7 +195,3 @@ def appearing(path: Path) -> Iterator[Path]:
 def first_names(names: list[str], count: int = 10) -> str:
     """The first ten of many names, for a message."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def _likely_cause(names: list[str]) -> str:
-    return next(cause for some, pattern, cause in CAUSES if some(re.search(pattern, name) for name in names))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from inference.export.original import FAMILIES, Part, from_original, to_original
 from models.pickled import read_pickled, write_pickled
-from models.weights import appearing, first_names, unwrap
+from models.weights import Causes, appearing, first_names, misfit, unwrap
 
 DENOISER = "model.diffusion_model."
 EMA = "model_ema."
@@ -42,7 +42,7 @@ NO_WEIGHTS = re.compile(
     r"|denoiser\.sigmas|v_pred|ztsnr|.*\.(position_ids|logit_scale)|first_stage_model\.(loss|model_ema)\..*"
 )
 # Why tensors do not fit: the first line whose pattern is found in any, or in all, of the names in question.
-CAUSES = (
+CAUSES: Causes = (
     (any, r"_orig_mod\.", "a compile prefix, `_orig_mod.`; save the module inside torch.compile's."),
     (any, r"lora", "a LoRA, which is added to a model and is none itself."),
     (any, r"^(down_blocks|transformer_blocks)\.", "a file of diffusers; give its folder to what reads folders."),
@@ -227,7 +227,7 @@ def from_tensors(
         built[component] = module, found, part
     extra = [name for name in tensors if name not in taken]
     if missing or extra or misshapen:
-        raise _misfit(source, family, missing, extra, misshapen)
+        raise misfit(source, family, {"missing": missing, "extra": extra, "misshapen": misshapen}, CAUSES)
     return {component: _loaded(*parts) for component, parts in built.items()}
 
 
@@ -262,7 +262,7 @@ def _recognised(part: Part, found: Mapping[str, Tensor], source: str) -> dict[st
     try:
         told = part.told(found)
     except KeyError as absent:
-        raise _misfit(source, part.public, [part.prefix + absent.args[0]], [], []) from absent
+        raise misfit(source, part.public, {"missing": [part.prefix + absent.args[0]]}, CAUSES) from absent
     for sign, untold in part.known:
         if all(told[key] == value for key, value in sign.items()):
             return told | untold
@@ -274,21 +274,13 @@ def _recognised(part: Part, found: Mapping[str, Tensor], source: str) -> dict[st
     )
 
 
-def _misfit(source: str, wanted: str, missing: list[str], extra: list[str], misshapen: list[str]) -> ValueError:
-    kinds = {"missing": missing, "extra": extra, "misshapen": misshapen}
-    lists = "; ".join(f"{len(names)} {kind}: {first_names(names)}" for kind, names in kinds.items() if names)
-    names = missing + extra + misshapen
-    cause = next(cause for some, pattern, cause in CAUSES if some(re.search(pattern, name) for name in names))
-    return ValueError(f"{source} does not fit {wanted}: {lists}. Likely cause: {cause}")
-
-
 def _family_in(tensors: Mapping[str, Tensor], described: str | None, path: Path) -> str:
     """The family of a file, by its names."""
     if f"{DENOISER}joint_blocks.0.x_block.attn.qkv.weight" in tensors:
         return "sd3"
     if f"{DENOISER}input_blocks.0.0.weight" not in tensors:
         wanted = [f"{DENOISER}input_blocks.0.0.weight or {DENOISER}joint_blocks.0.x_block.attn.qkv.weight"]
-        raise _misfit(str(path), "Stable Diffusion", wanted, list(tensors), [])
+        raise misfit(str(path), "Stable Diffusion", {"missing": wanted, "extra": list(tensors)}, CAUSES)
     vector = tensors.get(f"{DENOISER}label_emb.0.0.weight")
     if vector is None:
         return "sd1"
