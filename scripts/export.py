@@ -45,10 +45,9 @@ def export(options: argparse.Namespace) -> None:
     from models.folder import publish
 
     pipeline = Pipeline.load(options.checkpoint, weights=options.weights, device="cpu")
+    pipeline.denoiser.to(getattr(torch, options.dtype))
     public = to_public(pipeline)
     title = options.title or options.out.stem
-    network = getattr(public, "unet", None) or public.transformer
-    network.to(getattr(torch, options.dtype))
     if options.format == "diffusers":
 
         def write(aside: Path) -> None:
