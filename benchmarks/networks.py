@@ -157,7 +157,7 @@ def recomputed(pair: Pair, name: str) -> list[Row]:
 
 def networks() -> Iterator[Row]:
     """Tiny and real widths, eager; compiled the one whose blocks are alike: a UNet takes minutes on two cores."""
-    for case, rounds in ((TINY_UNET, 9), (TINY_MMDIT, 9), (TINY_DIT, 9), (WIDE_MMDIT, 3), (SD15, 3)):
+    for case, rounds in ((TINY_UNET, 9), (TINY_MMDIT, 9), (TINY_DIT, 9), (WIDE_MMDIT, 5), (SD15, 5)):
         pair = Pair(case)
         yield from times(pair, case.name, rounds)
         yield from memories(pair, case.name)
