@@ -31,6 +31,7 @@ from models.text import TextEncoders
 from models.unet import UNet
 from models.weights import unwrap
 
+CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 DIT_CLASSES = 1000  # DiTPipeline knows its null class by this number
 
 
@@ -58,28 +59,24 @@ def _unet_parts(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     text = _text(pipeline, masked=False, zeros=config.vector_dim > 0)
     parts = {"unet": to_diffusers(pipeline.denoiser), "vae": without_shift(pipeline.autoencoder)}
     if not config.vector_dim:
-        _require(len(text.encoders) == 1, "a UNet without vector", "one CLIP encoder", text)
-        _require(not text.config.penultimate, "a UNet without vector", "text.penultimate=false", text)
+        _require(_classes(text) == [CLIP] and not text.config.penultimate, text, "one CLIPTextModel's last states")
         checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return "StableDiffusionPipeline", parts | checker | _named(text, [""])
-    _require(text.config.penultimate, "a UNet with vector", "text.penultimate=true", text)
     parts |= {"force_zeros_for_empty_prompt": text.config.zero_null, "add_watermarker": False}
-    if len(text.encoders) == 1:
+    if _classes(text) == [PROJECTED] and text.config.penultimate:
         absent = {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
         return "StableDiffusionXLImg2ImgPipeline", parts | absent | _named(text, ["_2"])
-    _require(len(text.encoders) == 2, "a UNet with vector", "two CLIP encoders", text)
+    wanted = f"the last states but one of {CLIP} and {PROJECTED}, or of the second alone"
+    _require(_classes(text) == [CLIP, PROJECTED] and text.config.penultimate, text, wanted)
     return "StableDiffusionXLPipeline", parts | _named(text, ["", "_2"])
 
 
 def _mmdit_parts(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     text = _text(pipeline, masked=False)
-    third = len(text.encoders) == 3
-    _require(
-        third or (len(text.encoders) == 2 and text.config.empty > 0),
-        "an MMDiT",
-        "two CLIPs and T5, or text.empty zeros in its place",
-        text,
-    )
+    third = _classes(text) == [PROJECTED, PROJECTED, T5]
+    zeros = _classes(text) == [PROJECTED, PROJECTED] and text.config.empty > 0
+    wanted = f"the last states but one of two {PROJECTED}, and {T5} or text.empty zeros in its place"
+    _require((third or zeros) and text.config.penultimate, text, wanted)
     absent = {} if third else {"text_encoder_3": None, "tokenizer_3": None}
     parts = {"transformer": to_diffusers(pipeline.denoiser), "vae": pipeline.autoencoder.module}
     return "StableDiffusion3Pipeline", parts | absent | _named(text, ["", "_2", "_3"][: len(text.encoders)])
@@ -87,8 +84,7 @@ def _mmdit_parts(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
 
 def _pixart_parts(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     text = _text(pipeline, masked=True)
-    _require([type(e).__name__ for e in text.encoders] == ["T5EncoderModel"], "a PixArt", "one T5 encoder", text)
-    _require(text.config.lower, "a PixArt", "text.lower=true", text)
+    _require(_classes(text) == [T5] and text.config.lower, text, f"one {T5} of captions in small letters")
     parts = {"transformer": to_diffusers(pipeline.denoiser), "vae": without_shift(pipeline.autoencoder)}
     return "PixArtSigmaPipeline", parts | _named(text, [""])
 
@@ -102,7 +98,7 @@ def _text(pipeline: Pipeline, masked: bool, zeros: bool = False) -> TextEncoders
     """The encoders, if a public pipeline reads them so: `masked` or not, and with `zeros` for a null or never."""
     text, kind = pipeline.conditioner.text, type(pipeline.denoiser).__name__
     assert text is not None
-    _require(zeros or not text.config.zero_null, f"this {kind}", "text.zero_null=false", text)
+    _require(zeros or not text.config.zero_null, text, "the empty caption for a null, text.zero_null=false")
     if text.config.masked != masked:
         does = "hand a network the mask of its tokens" if masked else "show a network all tokens, padding too"
         raise ValueError(
@@ -112,12 +108,17 @@ def _text(pipeline: Pipeline, masked: bool, zeros: bool = False) -> TextEncoders
     return text
 
 
-def _require(true: bool, network: str, wanted: str, text: TextEncoders) -> None:
+def _require(true: bool, text: TextEncoders, wanted: str) -> None:
     if not true:
-        found = ", ".join(type(encoder).__name__ for encoder in text.encoders)
+        found = ", ".join(_classes(text))
         raise ValueError(
-            f"{network} is run by a public pipeline only with {wanted}; this one reads {found} of {text.config.path}"
+            f"public pipelines of such a network read {wanted}; this one was trained with {found} of"
+            f" {text.config.path}, text.penultimate={str(text.config.penultimate).lower()}"
         )
+
+
+def _classes(text: TextEncoders) -> list[str]:
+    return [type(encoder).__name__ for encoder in text.encoders]
 
 
 def _named(text: TextEncoders, suffixes: list[str]) -> dict[str, Any]:

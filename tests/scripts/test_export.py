@@ -103,7 +103,7 @@ def test_refusals_are_one_sentence_and_leave_nothing(checkpoint, tmp_path):
 
     refused("exists already and is never overwritten", "export.py", "--checkpoint", checkpoint, "--out", checkpoint)
     refused(
-        "only with one T5 encoder",
+        "read one T5EncoderModel",
         "export.py",
         "--checkpoint",
         ROOT / "assets/shapes/pipeline",

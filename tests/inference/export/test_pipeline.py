@@ -222,11 +222,16 @@ def test_what_no_public_pipeline_runs_is_refused(encoders):
 
     refused("sdxl", "text.masked=true, but public pipelines of a UNet show .* text.masked=false", masked=True)
     refused("pixart", "text.masked=false, but public pipelines of a PixArt hand", masked=False)
-    refused("pixart", "only with text.lower=true; this one reads T5EncoderModel", lower=False)
-    refused("sd", "only with text.penultimate=false", penultimate=True)
-    refused("sdxl", "only with text.penultimate=true", penultimate=False)
-    refused("sd", "this UNet is run .* only with text.zero_null=false", zero_null=True)
-    refused("sd3 without T5", "text.empty zeros in its place; this one reads CLIPText", empty=0, width=0)
+    refused("pixart", "read one T5EncoderModel of captions in small letters; this one", lower=False)
+    refused("sd", "one CLIPTextModel's last states; .* text.penultimate=true", penultimate=True)
+    refused("sdxl", "last states but one of CLIPTextModel and .*penultimate=false", penultimate=False)
+    refused("sd", "the empty caption for a null, text.zero_null=false", zero_null=True)
+    refused("sd3 without T5", "or text.empty zeros in its place; .* with CLIPText", empty=0, width=0)
+    pair = build("sdxl", EPS, encoders)  # whose first CLIP has no projection
+    pair.denoiser = MODELS["sd3 without T5"].build()
+    pair.conditioner.text.config = replace(pair.conditioner.text.config, empty=9, width=192, zero_null=False)
+    with pytest.raises(ValueError, match="of two CLIPTextModelWithProjection, and .* with CLIPTextModel, CLIPText"):
+        to_public(pair)
     many = build("dit", EPS, encoders)
     many.denoiser = replace(many.denoiser.config, num_classes=1001).build()
     with pytest.raises(ValueError, match="model.num_classes=1001, but DiTPipeline takes class 1000 for the null one"):
@@ -234,7 +239,7 @@ def test_what_no_public_pipeline_runs_is_refused(encoders):
 
 
 def test_the_shapes_pipeline_is_refused_by_name():
-    with pytest.raises(ValueError, match="a PixArt is run by a public pipeline only with one T5 encoder"):
+    with pytest.raises(ValueError, match="read one T5EncoderModel"):
         to_public(Pipeline.load("assets/shapes/pipeline"))
 
 
