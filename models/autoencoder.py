@@ -6,6 +6,7 @@ variance, `(z - shift) * scale`, and pixels in [-1, 1].
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -53,7 +54,7 @@ class Autoencoder(nn.Module):
         self.scale: float = module.config.scaling_factor
         self.shift: float = getattr(module.config, "shift_factor", None) or 0.0
         self.channels: int = module.config.latent_channels
-        self.factor: int = 2 ** (len(module.config.block_out_channels) - 1)
+        self.factor: int = factor_of(module.config)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -78,6 +79,11 @@ class Autoencoder(nn.Module):
             "factor": self.factor,
             "image_range": [-1, 1],
         }
+
+
+def factor_of(config: Mapping[str, Any]) -> int:
+    """Pixels to a latent cell, a side, of a public autoencoder's config: every level but the last halves."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def _digest(module: nn.Module) -> str:

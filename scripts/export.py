@@ -58,7 +58,7 @@ def export(options: argparse.Namespace) -> None:
         print(f"wrote {options.out}, a {type(public).__name__}; its README.md says how to run it")
     else:
         modules = {name: part for name, part in public.components.items() if isinstance(part, torch.nn.Module)}
-        about = file_metadata(pipeline, public, title)
+        about = file_metadata(pipeline, modules, title)
         write_single_file(options.out, modules, about, pickled=options.format == "ckpt")
         print(f"wrote {options.out}, {options.out.stat().st_size / 1e6:,.1f} MB")
 

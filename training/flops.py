@@ -66,9 +66,10 @@ class Work:
         """`flops_per_image`, counted once for each shape of the latent."""
         tokens = 0 if cond.text is None else cond.text.shape[1]
         if latent not in self._counted:
-            lengths = (8, 16, 24) if tokens else (0, 0, 0)
+            lengths = (8, 16, 24) if tokens else (0,)
             one = cond.select(slice(0, 1)).to("meta")
-            self._counted[latent] = [flops_per_image(self._denoiser, latent, _of_length(one, n)) for n in lengths]
+            counts = [flops_per_image(self._denoiser, latent, _of_length(one, n)) for n in lengths]
+            self._counted[latent] = counts if tokens else 3 * counts
         low, middle, high = self._counted[latent]
         u = tokens / 8 - 1
         return low + u * (middle - low) + u * (u - 1) / 2 * (high - 2 * middle + low)

@@ -5,11 +5,13 @@ The card has Python that draws with diffusers alone, and what the public class d
 
 import json
 from datetime import UTC, datetime
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from diffusion.objective import NetworkTime
+from diffusion.sample import Sampler
 from diffusion.schedule import Betas, Path
 from inference.export.scheduler import PREDICTIONS, walked
 from inference.export.single_file import modelspec
@@ -39,63 +41,63 @@ def model_card(pipeline: Pipeline, public: Any, title: str) -> str:
         f"```python\n{snippet(pipeline, public)}\n```\n",
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items()) + "\n",
     ]
-    if notes := departures(pipeline, public):
+    if notes := departures(pipeline):
         lines += ["What Triptych's sampler does that this class does not:\n", *(f"* {note}" for note in notes), ""]
     return "\n".join(lines)
 
 
 def snippet(pipeline: Pipeline, public: Any) -> str:
-    """Python that draws a picture with diffusers alone, as our sampler draws it."""
-    name, sampler = type(public).__name__, pipeline.description.sampler
-    call: dict[str, Any] = {"guidance_scale": sampler.guidance}
-    if name == "StableDiffusion3Pipeline":
+    """Python that draws a picture with diffusers alone: as our sampler draws it, or, of a refiner, finishes one."""
+    description = pipeline.description
+    sampler, text, side = description.sampler, description.text, description.resolution
+    known = signature(type(public).__call__).parameters
+    call: dict[str, Any] = {"guidance_scale": sampler.guidance, "num_inference_steps": sampler.steps}
+    if hasattr(public.scheduler, "shift"):  # FlowMatchEuler
         call["sigmas"] = f"[1 - i / {sampler.steps} for i in range({sampler.steps})]"
-        call["max_sequence_length"] = pipeline.description.text and (
-            pipeline.description.text.length or pipeline.description.text.empty
-        )
-    else:
-        call["num_inference_steps"] = sampler.steps
-    if name == "DiTPipeline":
-        subject = "class_labels=[0]"
-    else:
-        side = pipeline.description.resolution
-        subject, call = '"a photograph of a red apple"', call | {"height": side, "width": side}
-    if name == "PixArtSigmaPipeline":
-        text = pipeline.description.text
-        call |= {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": text and text.length}
-    if sampler.rescale and name.startswith("StableDiffusion"):
+    if "height" in known:
+        call |= {"height": side, "width": side}
+    if "image" in known:
+        call["image"] = 'Image.open("picture.png")'
+    if "use_resolution_binning" in known:
+        call |= {"use_resolution_binning": False, "clean_caption": False}
+    if text and "max_sequence_length" in known:
+        call["max_sequence_length"] = text.length or text.empty
+    if sampler.rescale and "guidance_rescale" in known:
         call["guidance_rescale"] = sampler.rescale
-    if sampler.name.name == "ddim" and sampler.eta:
-        call["eta"] = sampler.eta
+    subject = '"a photograph of a red apple"' if text else "class_labels=[0]"
     arguments = ", ".join([subject, *(f"{key}={value}" for key, value in call.items())])
     absent = "".join(f", {key}=None" for key in ("text_encoder_3", "tokenizer_3") if getattr(public, key, 0) is None)
     return (
-        "from diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("this folder"{absent})\n'
-        f"pipeline({arguments}).images[0]"
+        "from diffusers import DiffusionPipeline\n"
+        + ("from PIL import Image\n" if "image" in call else "")
+        + f'\npipeline = DiffusionPipeline.from_pretrained("this folder"{absent})\n'
+        + f"pipeline({arguments}).images[0]"
     )
 
 
-def departures(pipeline: Pipeline, public: Any) -> list[str]:
-    """What the public class cannot be told."""
-    sampler, config, notes = pipeline.description.sampler, pipeline.denoiser.config, []
+def departures(pipeline: Pipeline) -> list[str]:
+    """What no public class can be told."""
+    sampler, objective = pipeline.description.sampler, pipeline.description.objective
+    config, notes = pipeline.denoiser.config, []
     if list(sampler.interval) != [0.0, 1.0]:
         notes.append(f"guides only at noise times {sampler.interval[0]:g} to {sampler.interval[1]:g}")
     if sampler.rescale:
         notes.append("rescales guidance by the contrast of the clean picture, not of the prediction")
-    if sampler.name.name == "heun":
+    if sampler.name is Sampler.ddim and sampler.eta:
+        notes.append(f"adds fresh noise in every step (eta {sampler.eta:g})")
+    if sampler.name is Sampler.heun:
         notes.append("takes second-order (Heun) steps")
     if getattr(config, "positions", None) == "centre":
         notes.append(
             f"anchors positions by their centre: the same at {pipeline.description.resolution} px, not at other sizes"
         )
-    if pipeline.description.objective.shift != 1 and type(public.scheduler).__name__ == "DDIMScheduler":
-        notes.append(f"spaces its steps with a shift of {pipeline.description.objective.shift:g}")
+    if objective.path is Path.vp and objective.shift != 1:
+        notes.append(f"spaces its steps with a shift of {objective.shift:g}")
     return notes
 
 
-def file_metadata(pipeline: Pipeline, public: Any, title: str) -> dict[str, str]:
-    """Metadata of a single file. ValueError if its readers would take it for something else."""
+def file_metadata(pipeline: Pipeline, modules: dict[str, nn.Module], title: str) -> dict[str, str]:
+    """Metadata of a single file of these public modules. ValueError if its readers would take it for something else."""
     description = pipeline.description
     objective = description.objective
     if objective.path is Path.vp and (
@@ -106,7 +108,7 @@ def file_metadata(pipeline: Pipeline, public: Any, title: str) -> dict[str, str]
             " single files tell networks the index of scaled_linear betas; export this one with --format diffusers"
         )
     about = modelspec(
-        {name: part for name, part in public.components.items() if isinstance(part, nn.Module)},
+        modules,
         title=title,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         resolution=(description.resolution, description.resolution),

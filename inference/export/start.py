@@ -19,7 +19,7 @@ from inference.export.card import OBJECTIVE
 from inference.export.scheduler import objective_of
 from inference.export.single_file import ZERO_TERMINAL_SNR, SingleFile, read_single_file
 from inference.pipeline import Description, SamplerConfig, typed
-from models.autoencoder import AutoencoderConfig
+from models.autoencoder import AutoencoderConfig, factor_of
 from models.interchange import from_diffusers
 from models.text import TextConfig
 from models.weights import first_names, locate
@@ -87,7 +87,7 @@ def from_single_file(path: str, config: str | None = None, *, ema: bool = False)
     else:
         text = source.text(source.index(), denoiser, None)
     vae = parts.get("vae")
-    factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae else source.factor()
+    factor = factor_of(vae.config) if vae else source.factor()
     autoencoder = AutoencoderConfig(path=BESIDE if vae else source.path)
     description = describe(denoiser, objective=_objective(file), vae=autoencoder, factor=factor, text=text)
     return Start(denoiser, description, parts)
@@ -163,7 +163,7 @@ class _Source:
         from diffusers import AutoencoderKL
 
         config: Any = self._described(AutoencoderKL.load_config, subfolder="vae")
-        return 2 ** (len(config["block_out_channels"]) - 1)
+        return factor_of(config)
 
     def text(self, index: dict[str, Any], denoiser: Any, variant: str | None) -> TextConfig | None:
         """How the pipeline reads its text."""

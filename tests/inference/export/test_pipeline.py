@@ -8,9 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 from diffusion.objective import NetworkTime, ObjectiveConfig, Prediction
+from diffusion.sample import Sampler
 from diffusion.schedule import Path as NoisePath
 from diffusion.timesteps import TimeLaw
 from inference.export.card import model_card, snippet
@@ -198,18 +200,29 @@ def test_what_is_exported_comes_back(name, encoders, tmp_path):
     torch.testing.assert_close(picture, pipeline.autoencoder.decode(latents), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sd3 without T5", "pixart", "dit"])
-def test_the_model_card_runs(name, encoders, tmp_path):
-    pipeline = build(name, FLOW if "sd3" in name else EPS, encoders)
+@pytest.mark.parametrize("objective", [EPS, FLOW], ids=["eps", "flow"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_card_runs(name, objective, encoders, tmp_path):
+    pipeline = build(name, objective, encoders)
+    pipeline.description.sampler = SamplerConfig(name=Sampler.ddim, steps=7, guidance=3.0, rescale=0.7, eta=0.5)
     public = to_public(pipeline)
     public.save_pretrained(tmp_path)
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "picture.png")
     code = snippet(pipeline, public).replace("this folder", str(tmp_path)).replace("pipeline(", "picture = pipeline(")
     scope: dict[str, Any] = {}
-    exec(code, scope)
+    exec(code.replace("picture.png", str(tmp_path / "picture.png")), scope)
     assert scope["picture"].size == (SIDE, SIDE)
     card = model_card(pipeline, public, "Shapes")
     assert code.splitlines()[-1].partition("(")[2] in card
     assert type(public.scheduler).__name__ in card
+    assert "adds fresh noise in every step (eta 0.5)" in card
+
+
+def test_the_card_says_what_spaces_our_steps(encoders):
+    shifted = build("sd", replace(EPS, shift=2.0), encoders)
+    assert "spaces its steps with a shift of 2" in model_card(shifted, to_public(shifted), "Shapes")
+    plain = build("sd", EPS, encoders)
+    assert "What Triptych's sampler does" not in model_card(plain, to_public(plain), "Shapes")
 
 
 def test_what_no_public_pipeline_runs_is_refused(encoders):
