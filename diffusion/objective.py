@@ -13,25 +13,58 @@ det says where a parameterisation is blind: alpha for eps (nothing at t = 1), -s
 flow. The same line turns errors into one another, |x0 error| = |sigma/det| |p error|, so a weighting is written once,
 as W(SNR) on the squared x0 error, and means the same in every objective:
 
-    w(t) = W(SNR) (sigma/det)^2         none: w = 1         min_snr: W = max(min(SNR, gamma), floor)
+    w(t) = W(SNR) (sigma/det)^2
 
-Min-SNR is Hang et al. (arXiv:2303.09556). Without a floor W is 0 at zero SNR, the very step that a zero-terminal
-schedule adds.
+    none            w = 1
+    min_snr         W = max(min(SNR, gamma), floor)         Hang et al. (arXiv:2303.09556), where the floor is 0
+    soft_min_snr    W = gamma SNR/(SNR + gamma)             k-diffusion's, with gamma = 1/sigma_data^2
+    snr             W = SNR                                 the plain eps error
+    p2              W = SNR/(k + SNR)^p2_gamma              Choi et al. (arXiv:2204.00227)
+    edm             W = SNR + 1/sigma_data^2                Karras et al. (arXiv:2206.00364), the plain F error
+
+Only `edm` and a floor are above 0 at zero SNR, the very step that a zero-terminal schedule adds. SNR itself is never
+formed: each W is multiplied out into (alpha/det)^2 and (sigma/det)^2, which are finite on all of [0, 1] where w is.
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion.schedule import Betas, Path, alpha_sigma, alpha_sigma_slope, per_sample, shift, table_times
-from diffusion.timesteps import Grid, TimeLaw, from_table, logit_normal, table_index, trailing_grid, uniform_grid
+from diffusion.schedule import (
+    Betas,
+    Path,
+    ShiftLaw,
+    alpha_sigma,
+    alpha_sigma_slope,
+    exponential_factor,
+    per_sample,
+    shift,
+    sqrt_factor,
+    table_times,
+    unshift,
+)
+from diffusion.timesteps import (
+    MODE_SCALES,
+    Grid,
+    TimeLaw,
+    cosmap,
+    from_table,
+    logit_normal,
+    mode,
+    ramp,
+    share,
+    table_grid,
+    table_index,
+    uniform_grid,
+)
 
 _TINY = 1e-15  # its inverse can be squared in float32
+_NO_SHARE = 2.0**-40  # of u: what rounding leaves of a range between two times
 
 
 class Prediction(Enum):
@@ -48,6 +81,10 @@ class Weighting(Enum):
 
     none = "none"
     min_snr = "min_snr"
+    soft_min_snr = "soft_min_snr"
+    snr = "snr"
+    p2 = "p2"
+    edm = "edm"
 
 
 class NetworkTime(Enum):
@@ -97,25 +134,21 @@ def split(prediction: Prediction, path: Path, pred: Tensor, x_t: Tensor, t: Tens
     return (d * x_t - sigma * pred) / det, (alpha * pred - c * x_t) / det
 
 
-def min_snr_weight(prediction: Prediction, path: Path, t: Tensor, gamma: float = 5.0, floor: float = 0.0) -> Tensor:
-    """max(min(SNR, gamma), floor) (sigma/det)^2, shaped like `t`, finite on all of [0, 1].
-
-    The fraction is multiplied into the clamp, so no SNR is formed that could be infinite or divided by itself at 0.
-    """
-    alpha, sigma = (k.clamp(min=_TINY) for k in alpha_sigma(path, t))
-    c, d = coefficients(prediction, path, t)
-    det = alpha * d - sigma * c
-    unit = (sigma / det) ** 2
-    return torch.clamp((alpha / det) ** 2, floor * unit, gamma * unit)
-
-
 @dataclass(slots=True, kw_only=True)
 class ObjectiveConfig:
     """One objective, shared by trainer and sampler and stored with the weights.
 
-    `times` is the law of t before `shift` multiplies sigma_edm. `betas` and `zero_terminal` make the table, for the law
-    `table` and the network time `index`. `logit_mean` and `logit_std` belong to the law `logit_normal`, `gamma` and
-    `floor` (in units of SNR) to the weighting `min_snr`.
+    Times: `times` is the law of t before the shift multiplies sigma_edm. `betas` and `zero_terminal` make the table for
+    the law `table` and the network time `index`. `sigma_max` stands for an infinite sigma_edm: times beyond are cut to
+    it. `logit_mean` and `logit_std` belong to the law `logit_normal`, `mode_scale` to `mode`. `shift_law` says how the
+    shift depends on the size; in the law `sqrt`, `shift` holds at `shift_cells`, height times width of a latent.
+    `stratified` spreads a batch evenly over the law. `range`: the noise times trained at, after the shift.
+
+    Loss: `gamma` and `floor` (in units of SNR) belong to the weighting `min_snr`, `gamma` to `soft_min_snr` too, `p2_k`
+    and `p2_gamma` to `p2`, `sigma_data` to `edm`. `huber`: the error beyond which the loss grows more slowly.
+
+    Noise: `offset_noise` is the amplitude of a second noise, one number a channel, which hides a picture's mean as the
+    first hides its details. `pairing`: neighbouring images among which noises are dealt so that each lies near its own.
     """
 
     prediction: Prediction = Prediction.eps
@@ -123,12 +156,24 @@ class ObjectiveConfig:
     times: TimeLaw = TimeLaw.table
     betas: Betas = Betas.scaled_linear
     zero_terminal: bool = False
+    sigma_max: float | None = None  # NovelAI V3: 20000
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    mode_scale: float = 1.29  # SD3's best of its kind
     shift: float = 1.0
+    shift_law: ShiftLaw = ShiftLaw.fixed
+    shift_cells: int | None = None
+    stratified: bool = False
+    range: list[float] = field(default_factory=lambda: [0.0, 1.0])
     weighting: Weighting = Weighting.none
     gamma: float = 5.0
     floor: float = 0.0
+    p2_k: float = 1.0
+    p2_gamma: float = 1.0
+    sigma_data: float = 1.0
+    huber: float | None = None
+    offset_noise: float = 0.0  # SDXL: 0.05
+    pairing: int = 1
     network_time: NetworkTime = NetworkTime.noise
 
     def __post_init__(self) -> None:
@@ -138,39 +183,113 @@ class ObjectiveConfig:
             raise ValueError(f"{name} is defined on the straight path; set objective.path=linear")
         if self.prediction in (Prediction.eps, Prediction.v) and self.path is not Path.vp:
             raise ValueError(f"{name} is defined on the variance-preserving path; set objective.path=vp")
-        if self.prediction is Prediction.eps and (self.zero_terminal or self.times is not TimeLaw.table):
+        self._check_times()
+        self._check_numbers()
+        if self.prediction is Prediction.eps and self._reaches_noise():
             raise ValueError(
                 f"{name} says nothing of x0 at t=1, which objective.zero_terminal={self.zero_terminal} with "
                 f"objective.times={self.times.name} reaches; set zero_terminal=false and times=table, or prediction=v"
             )
-        for key in ("shift", "logit_std", "gamma"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"objective.{key}={getattr(self, key)} is not positive; choose a number above 0")
-        if not 0 <= self.floor <= self.gamma:
-            raise ValueError(f"objective.floor={self.floor} is not between 0 and gamma={self.gamma}; choose 0 or 1")
-        terminal = self.zero_terminal and self.times is TimeLaw.table
+        terminal = self.zero_terminal and self.times is TimeLaw.table and self.prediction is not Prediction.eps
         if terminal and self.weighting is Weighting.min_snr and self.floor == 0:
             warnings.warn(
                 "objective.weighting=min_snr with zero_terminal=true and floor=0 gives the terminal time weight 0, so "
                 "it is never trained; set objective.floor=1",
                 stacklevel=2,
             )
+        if terminal and self.weighting in (Weighting.soft_min_snr, Weighting.snr, Weighting.p2):
+            warnings.warn(
+                f"objective.weighting={self.weighting.name} with zero_terminal=true gives the terminal time weight 0, "
+                "so it is never trained; set objective.weighting=min_snr and objective.floor=1",
+                stacklevel=2,
+            )
+
+    def _check_times(self) -> None:
+        low, high = MODE_SCALES
+        if not low <= self.mode_scale <= high:
+            raise ValueError(
+                f"objective.mode_scale={self.mode_scale} makes times that do not rise; choose {low:g} to {high:.3g}"
+            )
+        if self.sigma_max is not None and self.sigma_max < 1:
+            raise ValueError(
+                f"objective.sigma_max={self.sigma_max} is below 1, though it stands for an infinite one; choose 20000,"
+                " or null for no cut"
+            )
+        if self.shift_law is ShiftLaw.sqrt and self.shift_cells is None:
+            raise ValueError(
+                "objective.shift_law=sqrt has no size at which shift holds; set objective.shift_cells to a latent's"
+                " height times width, 16384 for 1024 pixels"
+            )
+        if self.shift_cells is not None and self.shift_cells < 1:
+            raise ValueError(
+                f"objective.shift_cells={self.shift_cells} is no latent's size; choose its height times width"
+            )
+        if len(self.range) != 2 or not 0 <= self.range[0] < self.range[1] <= 1:
+            raise ValueError(
+                f"objective.range={self.range} does not rise within 0 to 1; choose two noise times such as [0.0, 1.0]"
+            )
+
+    def _check_numbers(self) -> None:
+        for key in ("shift", "logit_std", "gamma", "p2_k", "sigma_data", "huber"):
+            if (value := getattr(self, key)) is not None and not value > 0:
+                raise ValueError(f"objective.{key}={value} is not positive; choose a number above 0")
+        for key in ("p2_gamma", "offset_noise"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"objective.{key}={getattr(self, key)} is negative; choose 0 for none, or more")
+        if not 0 <= self.floor <= self.gamma:
+            raise ValueError(f"objective.floor={self.floor} is not between 0 and gamma={self.gamma}; choose 0 or 1")
+        if self.pairing < 1:
+            raise ValueError(f"objective.pairing={self.pairing} counts images; choose 1 for none, or more")
+
+    def _reaches_noise(self) -> bool:
+        """Whether training may see t = 1, where nothing is left of x0."""
+        uncut = self.sigma_max is None and self.range[1] == 1
+        return uncut and (self.zero_terminal or self.times is not TimeLaw.table)
 
 
 class Objective:
-    """An `ObjectiveConfig` at work. Times are (b,), latents (b, ...).
+    """An `ObjectiveConfig` at work. Times are (b,), latents (b, ...), `cells` a latent's height times width.
 
-    Nothing a training step calls reads a tensor on the host; `split` and what `denoise` returns do, to refuse t = 1.
+    Nothing a training step calls reads a tensor of the device on the host; `split` and what `denoise` returns do, to
+    refuse t = 1.
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
         """Build the beta table in float64; it is cast where it is used."""
         self.config = config
-        self.table = table_times(config.betas, config.zero_terminal)
+        self._cut = 1.0 if config.sigma_max is None else _time_of_sigma(config.sigma_max)
+        self.table = table_times(config.betas, config.zero_terminal).clamp(max=self._cut)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._shares: dict[float, tuple[float, float]] = {}
+        self._share(config.shift)  # refuses a range without times before anything else is built
 
-    def draw_times(self, u: Tensor) -> Tensor:
-        """Times for uniform numbers `u` in (0, 1), same shape and precision: the law's inverse CDF, then the shift."""
+    def shift_at(self, cells: int | None = None) -> float:
+        """The factor on sigma_edm for a latent of so many cells; a fixed law need not be told."""
+        config = self.config
+        if config.shift_law is ShiftLaw.fixed:
+            return config.shift
+        if cells is None:
+            raise ValueError(
+                f"objective.shift_law={config.shift_law.name} shifts each size differently, and none was given; give"
+                " cells, a latent's height times width, or set shift_law=fixed"
+            )
+        if config.shift_law is ShiftLaw.exponential:
+            return config.shift * exponential_factor(cells)
+        assert config.shift_cells is not None  # __post_init__ has asked for it
+        return config.shift * sqrt_factor(cells, config.shift_cells)
+
+    def draw_times(self, u: Tensor, cells: int | None = None) -> Tensor:
+        """Times for uniform numbers `u` in (0, 1), same shape and precision.
+
+        The law's inverse CDF, then the shift for latents of `cells`, then the cut at `sigma_max`; conditioned on
+        `range`, by drawing from the share of u that leads there.
+        """
+        factor = self.shift_at(cells)
+        first, last = self._share(factor)
+        return self._time(torch.clamp(first + (last - first) * u, first, last), factor)
+
+    def _time(self, u: Tensor, factor: float) -> Tensor:
+        """The whole law, rising with u."""
         config = self.config
         match config.times:
             case TimeLaw.table:
@@ -179,7 +298,24 @@ class Objective:
                 t = u
             case TimeLaw.logit_normal:
                 t = logit_normal(u, config.logit_mean, config.logit_std)
-        return shift(t, config.shift)
+            case TimeLaw.mode:
+                t = mode(u, config.mode_scale)
+            case TimeLaw.cosmap:
+                t = cosmap(u)
+        return shift(t, factor).clamp(max=self._cut)
+
+    def _share(self, factor: float) -> tuple[float, float]:
+        """The u between which times lie in `range`, found once a factor."""
+        if factor not in self._shares:
+            low, high = self.config.range
+            first, last = share(lambda u: self._time(u, factor), low, high)
+            if last - first < _NO_SHARE:
+                raise ValueError(
+                    f"objective.range={self.config.range} holds no time of objective.times={self.config.times.name}"
+                    f" with shift {factor:g}; choose a wider one"
+                )
+            self._shares[factor] = max(first, 0.0), min(last, 1.0)
+        return self._shares[factor]
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps."""
@@ -195,11 +331,36 @@ class Objective:
         return split(self.config.prediction, self.config.path, pred, x_t, t)
 
     def weight(self, t: Tensor) -> Tensor:
-        """Weight of the squared prediction error, (b,)."""
+        """Weight of the squared prediction error, (b,), finite on all of [0, 1]: W(SNR) (sigma/det)^2.
+
+        For x0 at t = 0 `snr` and `edm` have no bound, nor has `edm` for eps at t = 1: there it is some 1e30.
+        """
         config = self.config
         if config.weighting is Weighting.none:
             return torch.ones_like(t)
-        return min_snr_weight(config.prediction, config.path, t, config.gamma, config.floor)
+        alpha, sigma = (k.clamp(min=_TINY) for k in alpha_sigma(config.path, t))
+        c, d = coefficients(config.prediction, config.path, t)
+        det = alpha * d - sigma * c
+        snr, one = (alpha / det) ** 2, (sigma / det) ** 2  # what W = SNR and W = 1 are worth
+        match config.weighting:
+            case Weighting.min_snr:
+                return torch.clamp(snr, config.floor * one, config.gamma * one)
+            case Weighting.soft_min_snr:
+                return config.gamma * alpha**2 / (alpha**2 + config.gamma * sigma**2) * one
+            case Weighting.snr:
+                return snr
+            case Weighting.p2:
+                return snr * (sigma**2 / (config.p2_k * sigma**2 + alpha**2)) ** config.p2_gamma
+            case Weighting.edm:
+                return snr + one / config.sigma_data**2
+
+    def penalty(self, squared: Tensor) -> Tensor:
+        """What each element's squared error e^2 costs: itself, or pseudo-Huber 2 d (sqrt(e^2 + d^2) - d), d = `huber`.
+
+        They agree for e << d; for e >> d the latter grows as 2 d |e|. Written without a difference that rounds to 0.
+        """
+        d = self.config.huber
+        return squared if d is None else 2 * d * squared / ((squared + d**2).sqrt() + d)
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the denoiser is given for t, (b,). It multiplies by 1000, so `index` shows it 0 to 999."""
@@ -224,26 +385,79 @@ class Objective:
 
     @property
     def t_max(self) -> float:
-        """The largest time this objective trains at: where sampling starts."""
-        return float(self.grid(1)[0])
+        """The largest time this objective trains at, where sampling starts; at the size that `shift` is for."""
+        return self._top(self.config.shift)
 
-    def grid(self, steps: int, kind: Grid | None = None) -> Tensor:
-        """(steps + 1,) descending float64 times from `t_max` to 0, shifted as in training.
+    def _top(self, factor: float) -> float:
+        if self.config.times is TimeLaw.table:
+            return float(self._trained(factor)[-1])
+        most = 0.999 if self.config.network_time is NetworkTime.whole else 1.0
+        return min(float(shift(torch.tensor(most, dtype=torch.float64), factor)), self._cut, self.config.range[1])
 
-        Default: `trailing` where training draws from the table, else `uniform`.
+    def _trained(self, factor: float) -> Tensor:
+        """The table's times as training draws them, up to the end of `range`, ascending float64."""
+        times = shift(self.table, factor).clamp(max=self._cut).unique()
+        return times[times <= self.config.range[1]]
+
+    def grid(
+        self,
+        steps: int,
+        kind: Grid | None = None,
+        *,
+        cells: int | None = None,
+        rho: float = 7.0,
+        ramp_max: float | None = None,
+    ) -> Tensor:
+        """(steps + 1,) descending float64 times to 0, shifted as in training for latents of `cells`.
+
+        Default: `trailing` where training draws from the table, else `uniform`. All but `leading` start at the largest
+        time trained at. `rho` belongs to `karras`; `ramp_max`, in sigma_edm, is where the ramps of `karras` and
+        `exponential` start.
         """
-        on_table = self.config.times is TimeLaw.table
+        factor, on_table = self.shift_at(cells), self.config.times is TimeLaw.table
         kind = kind or (Grid.trailing if on_table else Grid.uniform)
-        if kind is Grid.trailing:
-            if not on_table:
-                raise ValueError(
-                    f"a trailing grid walks a table, but objective.times={self.config.times.name}; use the uniform grid"
-                )
-            times = trailing_grid(steps, self.table)
+        if kind is Grid.uniform:
+            top = self._top(factor)
+            times = shift(uniform_grid(steps, float(unshift(torch.tensor(top, dtype=torch.float64), factor))), factor)
+            times[0] = top  # to the last bit
+            return times
+        if kind in (Grid.karras, Grid.exponential):
+            return self._ramp(kind, steps, factor, rho, ramp_max)
+        if not on_table:
+            raise ValueError(
+                f"a {kind.name} grid walks a table, but objective.times={self.config.times.name}; use the uniform grid"
+            )
+        return table_grid(kind, steps, self._trained(factor))
+
+    def _ramp(self, kind: Grid, steps: int, factor: float, rho: float, ramp_max: float | None) -> Tensor:
+        """A ramp of noise levels, then 0; where training reaches higher than the ramp, one step from there before it.
+
+        On path vp the ramp is over sigma_edm, from the largest to the smallest of the betas without the rescale to a
+        zero terminal: 14.6 to 0.03, as k-diffusion's. A ramp from the 20000 that stands for infinity would spend most
+        steps, 21 of 28, where the sample is all but noise: infinity is one step, not a range (NovelAI V3, "20000, 17.8,
+        12.4, ..."). On path linear it is over t, from the largest to a thousandth shifted once, as FlowMatchEuler of
+        diffusers does when it is handed these ends; left to itself, it shifts the last one twice by a fixed shift.
+        """
+        if steps < 1:
+            raise ValueError(f"sampler.steps={steps} walks nowhere; choose 1 or more")
+        top, linear = self._top(factor), self.config.path is Path.linear
+        ends = torch.tensor([0.001, 1.0], dtype=torch.float64) if linear else table_times(self.config.betas)[[0, -1]]
+        low, high = shift(ends, factor).tolist()
+        start = min(top, high if ramp_max is None else _time_of_sigma(ramp_max))
+        before = [top] if top - start > 1e-9 else []
+        if steps - len(before) > 1 and not low < start:
+            raise ValueError(
+                f"a {kind.name} grid falls to t={low:.3g}, but would start at t={start:.3g}; choose a larger"
+                " sampler.ramp_max or another sampler.grid"
+            )
+        if linear:
+            times = ramp(kind, steps - len(before), start, low, rho)
         else:
-            most = 0.999 if self.config.network_time is NetworkTime.whole else 1.0
-            times = uniform_grid(steps, float(self.table[-1]) if on_table else most)
-        return shift(times, self.config.shift)
+            sigmas = ramp(kind, steps - len(before), start / (1 - start), low / (1 - low), rho)
+            times = sigmas / (1 + sigmas)
+        times = torch.cat([torch.tensor(before, dtype=torch.float64), times, torch.zeros(1, dtype=torch.float64)])
+        times[0] = top  # to the last bit
+        return times
 
     def start(self, noise: Tensor, times: Tensor) -> Tensor:
         """The z at times[0] that shows the denoiser unit Gaussian `noise`: noise/(alpha + sigma).
@@ -257,3 +471,7 @@ class Objective:
         if key not in self._tables:  # copied once to each device, so a step waits for no transfer
             self._tables[key] = self.table.to(t)
         return self._tables[key]
+
+
+def _time_of_sigma(sigma_edm: float) -> float:
+    return sigma_edm / (1 + sigma_edm)

@@ -11,8 +11,16 @@ so that SNR = ((1-t)/t)^2 and sigma_edm = sigma/alpha = t/(1-t) whichever path i
 
 Hence a sample moves between paths by a rescale, x = (alpha + sigma) z with z on the linear path, and a table of betas
 is nothing but a set of times. The terminal point is exactly (alpha, sigma) = (0, 1); no infinite sigma is formed.
+
+A larger picture needs more noise to hide what it shows. All rules for that are one operation, sigma_edm' = a sigma_edm,
+and differ in how the factor a follows from the number n of a latent's cells, height times width:
+
+    fixed         a = shift                         one size, or one value for all
+    sqrt          a = shift sqrt(n / n_shift)       SD3 (arXiv:2403.03206, section 5.3.2): `shift` holds at n_shift
+    exponential   a = shift e^mu, mu linear in n    FLUX, "dynamic shifting" in diffusers
 """
 
+import math
 from enum import Enum
 
 import torch
@@ -72,18 +80,49 @@ def unshift(t: Tensor, factor: float) -> Tensor:
     return shift(t, 1 / factor)
 
 
+class ShiftLaw(Enum):
+    """How the shift's factor follows from the size of a latent."""
+
+    fixed = "fixed"
+    sqrt = "sqrt"
+    exponential = "exponential"
+
+
+# mu of FLUX's reference sampler, through these two points and on beyond them: (tokens, mu)
+FLUX_SMALL, FLUX_LARGE = (256, 0.5), (4096, 1.15)
+CELLS_PER_TOKEN = 4  # FLUX's patches are of 2 x 2 cells
+
+
+def sqrt_factor(cells: int, shift_cells: int) -> float:
+    """What SD3 multiplies sigma_edm by at `cells`, relative to `shift_cells`: sqrt(n / n_shift)."""
+    return math.sqrt(cells / shift_cells)
+
+
+def exponential_factor(cells: int) -> float:
+    """What FLUX multiplies sigma_edm by at `cells`: e^mu, 1.65 at 256 tokens and 3.16 at 4096."""
+    (few, low), (many, high) = FLUX_SMALL, FLUX_LARGE
+    return math.exp(low + (high - low) * (cells / CELLS_PER_TOKEN - few) / (many - few))
+
+
 class Betas(Enum):
     """Tables of 1000 betas that published weights were trained on."""
 
     scaled_linear = "scaled_linear"  # Stable Diffusion, SDXL: 0.00085 to 0.012, linear in the square root
     linear = "linear"  # DDPM, DiT, PixArt: 0.0001 to 0.02
+    cosine = "cosine"  # improved DDPM (arXiv:2102.09672): sqrt(alpha_bar) a cosine, betas at most 0.999
 
 
 def beta_table(betas: Betas, n: int = 1000) -> Tensor:
     """The betas themselves, (n,) float64."""
-    if betas is Betas.linear:
-        return torch.linspace(1e-4, 0.02, n, dtype=torch.float64)
-    return torch.linspace(0.00085**0.5, 0.012**0.5, n, dtype=torch.float64) ** 2
+    match betas:
+        case Betas.scaled_linear:
+            return torch.linspace(0.00085**0.5, 0.012**0.5, n, dtype=torch.float64) ** 2
+        case Betas.linear:
+            return torch.linspace(1e-4, 0.02, n, dtype=torch.float64)
+        case Betas.cosine:
+            angle = (torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2
+            alpha_bar = angle.cos() ** 2
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def table_times(betas: Betas = Betas.scaled_linear, zero_terminal: bool = False) -> Tensor:

@@ -8,9 +8,9 @@
 
 DPM-Solver++ of first order is Euler's method on z = (1-t) x0 + t eps, as ours is and as DDIM is meant to be; the DDIM
 of diffusers steps by 1000 // steps, so that it misses its own timesteps where that leaves a rest. A terminal time
-without signal has alpha = 2^-12 there. Only FlowMatchEuler tells times between the thousandths, and only SD3's pipeline
-can call it: the others ask their scheduler for `scale_model_input`, which it lacks. Networks of flow that were told the
-time itself are given `whole` times there, which is not quite the same.
+without signal has alpha = 2^-12 there, whatever sigma_max stands for it here. Only FlowMatchEuler tells times between
+the thousandths, and only SD3's pipeline can call it: the others ask their scheduler for `scale_model_input`, which it
+lacks. Networks of flow that were told the time itself are given `whole` times there, which is not quite the same.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion.objective import NetworkTime, Objective, ObjectiveConfig, Prediction
-from diffusion.schedule import Betas, Path, alpha_sigma
+from diffusion.schedule import Betas, Path, ShiftLaw, alpha_sigma
 from diffusion.timesteps import TimeLaw
 
 PREDICTIONS: dict[Prediction, Any] = {
@@ -29,7 +29,11 @@ PREDICTIONS: dict[Prediction, Any] = {
     Prediction.flow: "flow_prediction",
 }
 TERMINAL = 2.0**-24  # of alpha_bar where there is no signal, as the schedulers have it
-ENDS = {Betas.scaled_linear: (0.00085, 0.012), Betas.linear: (0.0001, 0.02)}
+BETAS: dict[Betas, dict[str, Any]] = {
+    Betas.scaled_linear: {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    Betas.linear: {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    Betas.cosine: {"beta_schedule": "squaredcos_cap_v2"},  # it reads no ends
+}
 
 
 def scheduler_for(objective: Objective, fractions: bool) -> Any:
@@ -37,6 +41,11 @@ def scheduler_for(objective: Objective, fractions: bool) -> Any:
     import diffusers
 
     config = objective.config
+    if config.shift_law is not ShiftLaw.fixed:
+        raise ValueError(
+            f"objective.shift_law={config.shift_law.name} shifts each size differently, and a public pipeline is told"
+            " one shift; set shift_law=fixed and shift to that of your size in the checkpoint's pipeline.json"
+        )
     if config.path is Path.linear:
         if config.prediction is not Prediction.flow or config.network_time is NetworkTime.index:
             raise ValueError(
@@ -45,15 +54,9 @@ def scheduler_for(objective: Objective, fractions: bool) -> Any:
             )
         if fractions and config.network_time is NetworkTime.noise:
             return diffusers.FlowMatchEulerDiscreteScheduler(shift=config.shift)
-        table = {"use_flow_sigmas": True, "flow_shift": config.shift}
+        table: dict[str, Any] = {"use_flow_sigmas": True, "flow_shift": config.shift}
     elif config.network_time is NetworkTime.index:
-        start, end = ENDS[config.betas]
-        table = {
-            "beta_schedule": config.betas.name,
-            "beta_start": start,
-            "beta_end": end,
-            "rescale_betas_zero_snr": config.zero_terminal,
-        }
+        table = BETAS[config.betas] | {"rescale_betas_zero_snr": config.zero_terminal}
     else:
         betas = thousandths(objective.t_max)
         table = {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
@@ -83,7 +86,8 @@ def walked(scheduler: Any, steps: int) -> Tensor:
     if scheduler.config.get("use_flow_sigmas"):
         return scheduler.sigmas.double()
     alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps].double()
-    alpha, sigma = torch.where(alpha_bar > 1.5 * TERMINAL, alpha_bar, 0).sqrt(), (1 - alpha_bar).sqrt()
+    signal = (alpha_bar / TERMINAL - 1).abs() > 0.5  # a table may end lower than what stands for none: cosine's does
+    alpha, sigma = torch.where(signal, alpha_bar, 0).sqrt(), (1 - alpha_bar).sqrt()
     return torch.cat([sigma / (alpha + sigma), alpha.new_zeros(1)])
 
 
@@ -110,8 +114,8 @@ def objective_of(scheduler: Any) -> ObjectiveConfig:
             raise ValueError(f"{name} has trained_betas of its own, which no table here is; give one of {_tables()}")
         reaches_noise = len(betas) == 1001
         return ObjectiveConfig(prediction=prediction, times=TimeLaw.uniform if reaches_noise else TimeLaw.table)
-    for table, (start, end) in ENDS.items():
-        if config.beta_schedule == table.name and (config.beta_start, config.beta_end) == (start, end):
+    for table, known in BETAS.items():
+        if all(config[key] == value for key, value in known.items()):
             return ObjectiveConfig(
                 prediction=prediction,
                 betas=table,
@@ -125,4 +129,4 @@ def objective_of(scheduler: Any) -> ObjectiveConfig:
 
 
 def _tables() -> str:
-    return ", ".join(f"{table.name} {start} to {end}" for table, (start, end) in ENDS.items())
+    return ", ".join(" ".join(map(str, known.values())) for known in BETAS.values())

@@ -1,13 +1,14 @@
 """Everything that can be chosen, listed once, so that a new objective or sampler joins every test that asks for one."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
 from diffusion.objective import NetworkTime, Objective, ObjectiveConfig, Prediction, Weighting
-from diffusion.sample import SAMPLERS
-from diffusion.schedule import Path
+from diffusion.sample import Sampler, sample
+from diffusion.schedule import Betas, Path
 from diffusion.timesteps import TimeLaw
 
 OBJECTIVES = {
@@ -37,6 +38,25 @@ OBJECTIVES = {
         zero_terminal=True,
         weighting=Weighting.min_snr,
         network_time=NetworkTime.index,
+    ),
+    "novelai_v3": ObjectiveConfig(
+        prediction=Prediction.v,
+        zero_terminal=True,
+        sigma_max=20000.0,
+        weighting=Weighting.min_snr,
+        floor=1.0,
+        network_time=NetworkTime.index,
+    ),
+    "eps_cosine": ObjectiveConfig(betas=Betas.cosine, weighting=Weighting.p2),
+    "v_edm": ObjectiveConfig(
+        prediction=Prediction.v, times=TimeLaw.logit_normal, logit_std=1.2, sigma_max=160.0, weighting=Weighting.edm
+    ),
+    "flow_low_noise": ObjectiveConfig(
+        prediction=Prediction.flow,
+        path=Path.linear,
+        times=TimeLaw.cosmap,
+        range=[0.0, 0.6],
+        weighting=Weighting.soft_min_snr,
     ),
 }
 
@@ -73,10 +93,10 @@ def objective(request):
     return Objective(request.param)
 
 
-@pytest.fixture(params=SAMPLERS.items(), ids=[kind.name for kind in SAMPLERS])
+@pytest.fixture(params=Sampler, ids=lambda kind: kind.name)
 def sampler(request):
     """(kind, function) of each sampler."""
-    return request.param
+    return request.param, partial(sample, request.param)
 
 
 @pytest.fixture

@@ -3,16 +3,20 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from diffusion.schedule import (
     Betas,
     Path,
     alpha_sigma,
     alpha_sigma_slope,
+    beta_table,
+    exponential_factor,
     log_snr,
     per_sample,
     shift,
     snr,
+    sqrt_factor,
     table_times,
     time_of_log_snr,
     unshift,
@@ -20,6 +24,11 @@ from diffusion.schedule import (
 
 T = torch.linspace(0, 1, 101, dtype=torch.float64)
 INSIDE = T[1:-1]
+PUBLIC = {
+    Betas.scaled_linear: {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    Betas.linear: {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    Betas.cosine: {"beta_schedule": "squaredcos_cap_v2"},
+}
 
 
 @pytest.mark.parametrize("path", Path)
@@ -49,20 +58,22 @@ def test_log_snr_inverts_at_the_ends_too():
 
 
 @pytest.mark.parametrize("zero_terminal", [False, True])
-@pytest.mark.parametrize(("betas", "ends"), [(Betas.scaled_linear, (0.00085, 0.012)), (Betas.linear, (1e-4, 0.02))])
-def test_table_is_that_of_diffusers(betas, ends, zero_terminal):
-    theirs = DDPMScheduler(
-        beta_schedule=betas.name, beta_start=ends[0], beta_end=ends[1], rescale_betas_zero_snr=zero_terminal
-    ).alphas_cumprod
+@pytest.mark.parametrize("betas", Betas)
+def test_table_is_that_of_diffusers(betas, zero_terminal):
+    theirs = DDPMScheduler(**PUBLIC[betas], rescale_betas_zero_snr=zero_terminal)
     alpha, _ = alpha_sigma(Path.vp, table_times(betas, zero_terminal))
-    torch.testing.assert_close(alpha**2, theirs.double(), atol=3e-7, rtol=1e-4)  # theirs is accumulated in float32
+    # theirs is accumulated in float32
+    torch.testing.assert_close(alpha**2, theirs.alphas_cumprod.double(), atol=1e-6, rtol=1e-4)
+    if not zero_terminal:
+        torch.testing.assert_close(beta_table(betas), theirs.betas.double(), atol=1e-6, rtol=0)
 
 
-def test_zero_terminal_table_ends_at_one_and_keeps_its_first_time():
-    plain, terminal = table_times(), table_times(zero_terminal=True)
-    assert terminal[-1] == 1
+@pytest.mark.parametrize("betas", Betas)
+def test_zero_terminal_table_ends_at_one_and_keeps_its_first_time(betas):
+    plain, terminal = table_times(betas), table_times(betas, zero_terminal=True)
+    assert terminal[-1] == 1 and alpha_sigma(Path.vp, terminal[-1]) == (0, 1)
     assert (terminal.diff() > 0).all() and (plain.diff() > 0).all()
-    torch.testing.assert_close(terminal[0], plain[0], atol=1e-15, rtol=0)
+    torch.testing.assert_close(terminal[0], plain[0], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +103,16 @@ def test_shift_by_one_is_nothing():
 def test_shift_is_that_of_diffusers():
     theirs = torch.as_tensor(FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas).flip(0)
     torch.testing.assert_close(shift(torch.arange(1, 1001) / 1000, 3.0), theirs)
+
+
+def test_shift_of_a_size_is_that_of_sd3_and_flux():
+    assert sqrt_factor(128 * 128, 32 * 32) == 4  # 256 to 1024 pixels: sqrt(16)
+    for side in (16, 32, 64, 96, 128):  # of the latent; patches of 2 x 2
+        mu = calculate_shift((side // 2) ** 2)
+        theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).time_shift(mu, 1.0, INSIDE)
+        torch.testing.assert_close(shift(INSIDE, exponential_factor(side * side)), theirs, atol=1e-6, rtol=0)
+    assert exponential_factor(4 * 256) == pytest.approx(math.exp(0.5))
+    assert exponential_factor(4 * 4096) == pytest.approx(math.exp(1.15))
 
 
 def test_coefficients_meet_half_precision_latents_in_float32():

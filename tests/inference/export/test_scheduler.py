@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.objective import NetworkTime, Objective, ObjectiveConfig, Prediction
 from diffusion.sample import euler
-from diffusion.schedule import Betas, Path
+from diffusion.schedule import Betas, Path, ShiftLaw
 from diffusion.timesteps import TimeLaw
 from inference.export.scheduler import objective_of, scheduler_for, walked
 
@@ -17,6 +17,7 @@ LINEAR = {"path": Path.linear, "prediction": Prediction.flow, "times": TimeLaw.l
 OBJECTIVES = {
     "sd": {"network_time": NetworkTime.index},
     "dit": {"network_time": NetworkTime.index, "betas": Betas.linear},
+    "cosine": {"network_time": NetworkTime.index, "prediction": Prediction.v, "betas": Betas.cosine},
     "v": {"network_time": NetworkTime.index, "prediction": Prediction.v},
     "zero terminal": {"network_time": NetworkTime.index, "prediction": Prediction.v, "zero_terminal": True},
     "x0": {"network_time": NetworkTime.index, "prediction": Prediction.x0},
@@ -72,6 +73,7 @@ def test_public_schedulers_are_read():
     read = objective_of(diffusers.DDIMScheduler(**sdxl, **terminal))
     assert read == ObjectiveConfig(prediction=Prediction.v, zero_terminal=True, network_time=NetworkTime.index)
     assert objective_of(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)).shift == 3.0
+    assert objective_of(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")).betas is Betas.cosine
     assert objective_of(diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02)).betas is Betas.linear
 
 
@@ -84,7 +86,17 @@ def test_what_no_scheduler_or_no_table_can_say_is_refused():
             scheduler_for(Objective(ObjectiveConfig(**wrong)), True)
     with pytest.raises(ValueError, match="use_dynamic_shifting=true, a shift for every size"):
         objective_of(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-    with pytest.raises(ValueError, match="beta_schedule=squaredcos_cap_v2 .* give one of scaled_linear 0.00085"):
-        objective_of(diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
+    with pytest.raises(ValueError, match=r"beta_schedule=sigmoid .* give one of scaled_linear 0.00085 .*, squaredcos"):
+        objective_of(diffusers.DDPMScheduler(beta_schedule="sigmoid"))
+    with pytest.raises(ValueError, match="objective.shift_law=exponential shifts each size differently"):
+        scheduler_for(Objective(ObjectiveConfig(**LINEAR, shift_law=ShiftLaw.exponential)), True)
     with pytest.raises(ValueError, match="trained_betas of its own"):
         objective_of(diffusers.DDIMScheduler(trained_betas=[0.01] * 1000))
+
+
+def test_what_stands_for_infinity_is_exported_as_infinity():
+    law = {"network_time": NetworkTime.index, "prediction": Prediction.v, "zero_terminal": True}
+    objective = Objective(ObjectiveConfig(**law, sigma_max=20000.0))
+    scheduler = scheduler_for(objective, False)
+    assert objective_of(scheduler) == ObjectiveConfig(**law)
+    torch.testing.assert_close(walked(scheduler, 9), objective.grid(9), atol=1e-4, rtol=0)
