@@ -18,6 +18,15 @@ import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where one encoder's numbers lie in a `Cond`: its tokens and features of the text, and its part of pooled."""
+
+    tokens: slice
+    features: slice
+    pooled: slice
+
+
 @dataclass(slots=True)
 class Cond:
     """Conditioning of a batch; a denoiser reads the fields it knows.
@@ -68,6 +77,27 @@ class Cond:
             return torch.where(drop.view(-1, *[1] * (x.ndim - 1)), other.to(x.dtype), x)
 
         return Cond._zip([self, null], choose)
+
+    def where_regions(self, drops: Tensor, null: "Cond", regions: Sequence[Region]) -> "Cond":
+        """`where` for each encoder by itself: `drops` (b, k) bool says which of k regions of a row become the null's.
+
+        Encoders that share tokens share their mask: it stays the row's as long as one of them is kept, whose states
+        would be hidden otherwise, and is the null's when all are dropped. `null` is as for `where`.
+        """
+        if self.text is None or null.text is None:
+            raise ValueError("cond.text is None: regions are those of text encoders; give a condition on text")
+        text, pooled = self.text.clone(), None if self.pooled is None else self.pooled.clone()
+        kept = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
+        for drop, region in zip(drops.unbind(1), regions, strict=True):
+            rows, here = drop[:, None], (slice(None), region.tokens, region.features)
+            text[here] = torch.where(rows[..., None], null.text[here].to(text.dtype), text[here])
+            kept[:, region.tokens] |= ~rows
+            if pooled is not None and null.pooled is not None:
+                mine = slice(None), region.pooled
+                pooled[mine] = torch.where(rows, null.pooled[mine].to(pooled.dtype), pooled[mine])
+        mask, other = self.text_mask, null.text_mask
+        mask = mask if mask is None or other is None else torch.where(kept, mask, other)
+        return replace(self, text=text, text_mask=mask, pooled=pooled)
 
     @staticmethod
     def cat(conds: Sequence["Cond"]) -> "Cond":

@@ -9,7 +9,7 @@ accounted for, and every option of the public config must be one that our networ
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -73,17 +73,11 @@ def from_diffusers(module: nn.Module) -> nn.Module:
 
 def to_diffusers(denoiser: nn.Module) -> nn.Module:
     """The public module of the same function. They may share memory."""
-    import diffusers
-
     inner: Any = unwrap(denoiser)
-    twin = next((twin for twin in TWINS if twin.config is type(inner.config)), None)
-    if twin is None:
-        raise ValueError(f"{type(inner).__name__} has no public twin; reparameterize it to one that has")
-    with torch.device("meta"):
-        module = getattr(diffusers, twin.public)(**twin.to_public(inner.config))
-    public, rules, tensors = module.state_dict(), twin.rules(inner.config), {}
-    for ours, tensor in inner.state_dict().items():
-        place = _place(ours, rules, public)
+    twin, module, tensors = _twin(inner.config), public_twin(inner.config), {}
+    public, weights = module.state_dict(), inner.state_dict()
+    for ours, place in places(inner.config, weights, public).items():
+        tensor = weights[ours]
         if missing := [part for part in place.names if part not in public]:
             raise ValueError(f"{twin.public} has no {first_names(missing)} for our {ours}")
         tensors |= place.write(tensor, {part: public[part].shape for part in place.names})
@@ -94,6 +88,29 @@ def to_diffusers(denoiser: nn.Module) -> nn.Module:
         tensors |= {name: constant} if name in public else {}
     module.load_state_dict(tensors, assign=True)
     return module.train(inner.training)
+
+
+def public_twin(config: ModelConfig) -> Any:
+    """The public module of a network of ours, of its class and sizes, without memory; ValueError if there is none."""
+    import diffusers
+
+    twin = _twin(config)
+    with torch.device("meta"):
+        return getattr(diffusers, twin.public)(**twin.to_public(config))
+
+
+def places(config: ModelConfig, ours: Iterable[str], public: dict[str, Tensor]) -> dict[str, "Place"]:
+    """Where tensors of ours stand among the public ones: `Place.read` is linear, so it carries sums over too."""
+    rules = _twin(config).rules(config)
+    return {name: _place(name, rules, public) for name in ours}
+
+
+def _twin(config: ModelConfig) -> Twin:
+    twin = next((twin for twin in TWINS if twin.config is type(config)), None)
+    if twin is None:
+        name = type(config).__name__.removesuffix("Config")
+        raise ValueError(f"{name} has no public twin; reparameterize it to one that has")
+    return twin
 
 
 @dataclass(slots=True)

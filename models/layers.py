@@ -8,7 +8,9 @@
 Tensor names are common to the networks, so that surgery can copy a trunk by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -78,10 +80,32 @@ def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x, gate, y)
 
 
+_SLICE: ContextVar[int | None] = ContextVar("slice", default=None)
+
+
+@contextmanager
+def sliced_attention(queries: int | None) -> Iterator[None]:
+    """Within, attend for at most so many queries at once: the same result, and scores n/queries times smaller.
+
+    Fused kernels never store the scores, so it saves where there is none, as on MPS. None leaves all together.
+    """
+    if queries is not None and queries < 1:
+        raise ValueError(f"attention_slices={queries} is no number of queries; choose 1024 or so, or none")
+    token = _SLICE.set(queries)
+    try:
+        yield
+    finally:
+        _SLICE.reset(token)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Multi-head attention: q (b, n, heads, d), k and v (b, m, heads, d), mask (b, 1, 1, m) -> (b, n, heads * d)."""
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return y.transpose(1, 2).flatten(2)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    parts = [
+        F.scaled_dot_product_attention(part.transpose(1, 2), k, v, attn_mask=mask)
+        for part in q.split(_SLICE.get() or q.shape[1], 1)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2).flatten(2)
 
 
 Before = Callable[[Tensor], Tensor] | None

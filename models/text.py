@@ -9,18 +9,33 @@ All read the same caption, and what each is follows from the config.json beside 
     PixArt  T5-XXL           120 or 300 x 4096                SD3      CLIP-L, bigG, T5-XXL   (77 + 256) x 4096,  2048
 
 The null condition is the encoding of the empty caption, or zeros, in the trainer and in the sampler alike.
+
+A caption is one fragment of weight 1. A prompt may be several, and longer than CLIP reads at once:
+
+    CLIP          tokens of each segment in chunks of 77 - 2, each with its start, end and padding, encoded alone and
+                  joined along the sequence; pooled is the first chunk's
+    T5, T5Gemma   all tokens in one row, cut to its length
+    weights       multiply the states of their tokens; then all states of a chunk are scaled to the mean they had
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Cond
+from models.base import Cond, Region
 from models.pretrained import FrozenConfig
 from models.unet import SIZE_DIM
+
+Fragment = tuple[str, float]  # text and its weight
+Segments = Sequence[Sequence[Fragment]]  # one prompt; each segment starts a chunk of its own
+Tokens = list[tuple[int, float]]  # and the weight of each
+
+EMPTY: Segments = ((("", 1.0),),)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,43 +123,126 @@ class TextEncoders(nn.Module):
         self.clip_length: int = min((one.config.max_position_embeddings for one in clip), default=0)
         self.length: int = self.clip_length + len(rest) * (config.length or 0) + config.empty
         self.width: int = max(sum(map(_width, clip)), *map(_width, rest), config.width)
-        self.pooled_width: int = sum(one.config.projection_dim for one in clip if hasattr(one, "text_projection"))
+        self.pooled_width: int = sum(map(_pooled_width, clip))
+        self.home: torch.device | None = None  # where to compute, of encoders whose weights wait elsewhere
 
-    @torch.no_grad()
+    @property
+    def regions(self) -> list[Region]:
+        """Each encoder's share of what `encode` returns, in the order of `text.encoders`."""
+        regions, tokens, features, pooled = [], self.clip_length, 0, 0
+        for encoder in self.encoders:
+            width, projected, length = _width(encoder), _pooled_width(encoder), self.config.length or 0
+            if _is_clip(encoder):
+                mine = slice(features, features + width), slice(pooled, pooled + projected)
+                regions.append(Region(slice(0, self.clip_length), *mine))
+                features, pooled = features + width, pooled + projected
+            else:
+                regions.append(Region(slice(tokens, tokens + length), slice(0, width), slice(0, 0)))
+                tokens += length
+        return regions
+
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Captions -> (states, mask or None, pooled or None), the floats in float32; captions too long are cut."""
-        config = self.config
-        if config.lower:
-            captions = [caption.lower().strip() for caption in captions]
+        return self.encode_weighted([[[(caption, 1.0)]] for caption in captions], 1)
+
+    def chunks_needed(self, prompts: Sequence[Segments]) -> int:
+        """Chunks of CLIP that hold the longest of the prompts; 1 where there is no CLIP."""
+        clip = [one for one, encoder in zip(self.tokenizers, self.encoders, strict=True) if _is_clip(encoder)]
+        return max((len(chunks) for one in clip for chunks in self._chunks(one, prompts)), default=1)
+
+    @torch.no_grad()
+    def encode_weighted(
+        self, prompts: Sequence[Segments], chunks: int | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Prompts -> (states, mask or None, pooled or None), as `encode`.
+
+        CLIP's states are `chunks` times as long, by default as many as the longest prompt needs: prompts with fewer
+        are filled up with empty chunks, and those with more are cut.
+        """
+        config, chunks = self.config, chunks or self.chunks_needed(prompts)
         clip, parts = [], []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            (clip if _is_clip(encoder) else parts).append(self._read(tokenizer, encoder, captions))
+            (clip if _is_clip(encoder) else parts).append(self._read(tokenizer, encoder, prompts, chunks))
         if clip:
             parts.insert(0, (torch.cat([states for states, *_ in clip], -1), clip[0][1], None))
         if config.empty:
-            zeros = parts[0][0].new_zeros(len(captions), config.empty, config.width)
+            zeros = parts[0][0].new_zeros(len(prompts), config.empty, config.width)
             parts.append((zeros, zeros.new_zeros(zeros.shape[:2], dtype=torch.bool), None))
         states = torch.cat([F.pad(states, (0, self.width - states.shape[-1])) for states, *_ in parts], 1)
         mask = torch.cat([mask for _, mask, _ in parts], 1) if config.masked else None
         pooled = torch.cat([x for *_, x in clip if x is not None], -1).float() if self.pooled_width else None
         return config.require_finite(states.float(), "states"), mask, pooled
 
-    def _read(self, tokenizer: Any, encoder: nn.Module, captions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(
+        self, tokenizer: Any, encoder: nn.Module, prompts: Sequence[Segments], chunks: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """States (b, n, width), mask (b, n), and pooled (b, projection) or None, of one encoder."""
-        clip, config = _is_clip(encoder), self.config
-        tokens = tokenizer(
-            captions, padding="max_length", max_length=self.clip_length if clip else config.length,
-            truncation=True, padding_side="right", return_tensors="pt",  # Gemma's tokenizer would pad on the left
-        ).to(next(encoder.parameters()).device)  # fmt: skip
-        mask = tokens.attention_mask
-        if clip:
+        config, device, pooled = self.config, self.home or next(encoder.parameters()).device, None
+        if _is_clip(encoder):
+            found = [_filled(pieces, chunks) for pieces in self._chunks(tokenizer, prompts)]
+            ids, mask, weights = _rows(tokenizer, list(chain(*found)), self.clip_length)
             # no attention mask: CLIP attends causally, so padding changes nothing before it, and SD passes none
-            output = encoder(tokens.input_ids, output_hidden_states=True)
+            output = encoder(ids.to(device), output_hidden_states=True)
             states = output.hidden_states[-2] if config.penultimate else output.last_hidden_state
-            return states, mask.bool(), output.get("text_embeds")
-        # one that is not masked reads its padding too, as SD3's
-        output = encoder(tokens.input_ids, attention_mask=mask if config.masked else torch.ones_like(mask))
-        return output.last_hidden_state, mask.bool(), None
+            pooled = output.get("text_embeds")
+        else:
+            joined = [list(chain(*segments)) for segments in self._tokens(tokenizer, prompts)]
+            chunks, (ids, mask, weights) = 1, _rows(tokenizer, joined, config.length or 0)
+            # one that is not masked reads its padding too, as SD3's
+            read = mask.long() if config.masked else torch.ones_like(ids)
+            states = encoder(ids.to(device), attention_mask=read.to(device)).last_hidden_state
+        if (weights != 1).any():
+            states = emphasised(states.float(), weights.to(device))
+        states, mask = (rows.unflatten(0, (-1, chunks)).flatten(1, 2) for rows in (states, mask.to(device)))
+        return states, mask, None if pooled is None else pooled[::chunks]
+
+    def _chunks(self, tokenizer: Any, prompts: Sequence[Segments]) -> list[list[Tokens]]:
+        """Each prompt's chunks for CLIP; a segment without tokens is a chunk all the same."""
+        room, all_segments = self.clip_length - len(tokenizer("").input_ids), self._tokens(tokenizer, prompts)
+        return [
+            [segment[i : i + room] for segment in segments for i in range(0, max(len(segment), 1), room)]
+            for segments in all_segments
+        ]
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[Segments]) -> list[list[Tokens]]:
+        """Each prompt's segments as tokens and their weights, without the special ones."""
+        texts = [text for prompt in prompts for segment in prompt for text, _ in segment]
+        if self.config.lower:
+            texts = [text.lower().strip() for text in texts]
+        found = iter(tokenizer(texts, add_special_tokens=False).input_ids)  # all at once: that is fast
+        return [
+            [[(token, weight) for _, weight in segment for token in next(found)] for segment in prompt]
+            for prompt in prompts
+        ]
+
+
+def _filled(chunks: list[Tokens], number: int) -> list[Tokens]:
+    """So many of the chunks, or empty ones behind them."""
+    return [*chunks, *[[]] * (number - len(chunks))][:number]
+
+
+def _rows(tokenizer: Any, rows: list[Tokens], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and weights (b, length) of rows of tokens, cut, with special tokens about them and padding behind."""
+    special = tokenizer("").input_ids  # such as a start and an end; of T5 an end alone, and there may be none
+    inside = len(special) - (special[-1:] == [tokenizer.eos_token_id])
+    start, end = ([(token, 1.0) for token in part] for part in (special[:inside], special[inside:]))
+    full = [[*start, *row[: length - len(special)], *end] for row in rows]
+    padded = [[*row, *[(tokenizer.pad_token_id, 1.0)] * (length - len(row))] for row in full]
+    ids = torch.tensor([[token for token, _ in row] for row in padded])
+    weights = torch.tensor([[weight for _, weight in row] for row in padded])
+    return ids, torch.arange(length) < torch.tensor([[len(row)] for row in full]), weights
+
+
+def emphasised(states: Tensor, weights: Tensor) -> Tensor:
+    """States (b, n, d) times weights (b, n), each row then scaled to the mean that it had.
+
+    The mean says something only where it is more than a hundredth of the root mean square, and where the scale comes
+    out between 1/4 and 4. Elsewhere, as in states that a norm has centred, they stay as they were weighted.
+    """
+    weighted = states * weights[..., None]
+    mean, scale = states.mean((1, 2)), states.mean((1, 2)) / weighted.mean((1, 2))
+    sound = (mean.abs() > states.square().mean((1, 2)).sqrt() / 100) & (scale > 1 / 4) & (scale < 4)
+    return weighted * torch.where(sound, scale, 1.0)[:, None, None]
 
 
 def _is_clip(encoder: Any) -> bool:
@@ -153,6 +251,10 @@ def _is_clip(encoder: Any) -> bool:
 
 def _width(encoder: Any) -> int:
     return encoder.get_input_embeddings().embedding_dim
+
+
+def _pooled_width(encoder: Any) -> int:
+    return encoder.config.projection_dim if hasattr(encoder, "text_projection") else 0
 
 
 SIZE_COLUMNS = {
@@ -171,7 +273,7 @@ class Conditioner:
     def __init__(self, text: TextEncoders | None = None, num_classes: int | None = None, vector_dim: int = 0):
         self.text = text
         self.num_classes = num_classes
-        self._null: Cond | None = None
+        self._nulls: dict[int, Cond] = {}
         self._columns: list[int] | None = None
         if text and vector_dim:
             count, rest = divmod(vector_dim - text.pooled_width, SIZE_DIM)
@@ -192,18 +294,25 @@ class Conditioner:
             return Cond(class_id=class_id)
         if captions is None:
             raise ValueError("this model is conditioned on text: give a prompt, not a class label")
-        states, mask, pooled = self.text.encode(captions)
+        return self.weighted([[[(caption, 1.0)]] for caption in captions], 1)
+
+    def weighted(self, prompts: Sequence[Segments], chunks: int | None = None) -> Cond:
+        """Cond for b prompts of weighted fragments, in as many chunks as they need or as are given."""
+        if self.text is None:
+            raise ValueError("this model is conditioned on classes: give class labels, not a prompt")
+        states, mask, pooled = self.text.encode_weighted(prompts, chunks)
         return Cond(text=states, text_mask=mask, pooled=pooled)
 
-    def null(self, device: torch.device | str = "cpu") -> Cond:
-        """One row: the empty caption, zeros, or the label after the last class; sizes are never null."""
-        if self._null is None:
-            self._null = self([""]) if self.text else self(class_id=torch.tensor([self.num_classes]))
+    def null(self, device: torch.device | str = "cpu", chunks: int = 1) -> Cond:
+        """One row: the empty caption in each chunk, zeros, or the label after the last class; sizes are never null."""
+        if chunks not in self._nulls:
+            null = self.weighted([EMPTY], chunks) if self.text else self(class_id=torch.tensor([self.num_classes]))
             if self.text and self.text.config.zero_null:
-                text, pooled = self._null.text, self._null.pooled
-                self._null.text = None if text is None else torch.zeros_like(text)
-                self._null.pooled = None if pooled is None else torch.zeros_like(pooled)
-        return self._null.to(device)
+                text, pooled = null.text, null.pooled
+                null.text = None if text is None else torch.zeros_like(text)
+                null.pooled = None if pooled is None else torch.zeros_like(pooled)
+            self._nulls[chunks] = null
+        return self._nulls[chunks].to(device)
 
     def size_ids(self, sizes: Tensor) -> Tensor | None:
         """What the model reads, if anything, of `sizes` (b, 7) as `data.loader.Batch` has them."""

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from inference.pipeline import Description
+from inference.description import Description
 from models.folder import clean, newest, publish
 from models.weights import load_strict, read_tensors, save_denoiser
 

@@ -4,13 +4,13 @@ Clocks (`every`, `images`, `warmup`) count images, not steps: they survive a cha
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from data.loader import DataConfig
 from diffusion.objective import ObjectiveConfig
-from inference.pipeline import SamplerConfig
+from inference.description import SamplerConfig
+from inference.device import Precision
 from models.autoencoder import AutoencoderConfig
 from models.base import ModelConfig
 from models.layers import Checkpointing
@@ -20,14 +20,6 @@ from training.ema import EMAConfig
 from training.metrics import LoggerConfig
 from training.optim import OptimConfig
 from training.speed import Attention, Compile
-
-
-class Precision(Enum):
-    """How the forward pass computes; weights, optimizer and EMA are float32 in every case."""
-
-    auto = "auto"  # bf16 where the accelerator has it, else fp32
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +32,7 @@ class TrainConfig:
     micro_batch: int | None = None  # images a rank passes at once; None: its whole share
     log_every: int = 10_000
     text_dropout: float = 0.1  # share of images whose condition is replaced by the null
+    encoder_dropout: list[float] = field(default_factory=list)  # of each encoder's part by itself; [] is none
     precision: Precision = Precision.auto
     checkpointing: Checkpointing = Checkpointing.none
     checkpoint_every: int = 1  # of so many blocks one is recomputed
@@ -61,6 +54,11 @@ class TrainConfig:
             )
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"train.text_dropout={self.text_dropout} is a share; choose one between 0 and 1")
+        if not all(0 <= share <= 1 for share in self.encoder_dropout):
+            raise ValueError(
+                f"train.encoder_dropout={self.encoder_dropout} has a share outside 0 to 1;"
+                " SD3 was trained with 0.464 for each of its three"
+            )
 
     def micro_batch_of(self, world: int) -> int:
         """Images a rank passes at once, after checking that everything divides."""

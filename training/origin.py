@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from inference.pipeline import Description, find, plain
+from inference.description import Description, find, plain
 from models.surgery import transfer
 from models.weights import load_denoiser
 from training.checkpoint import changes

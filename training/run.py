@@ -17,10 +17,12 @@ from torch import nn
 from data.loader import Batch, Batches, open_shards
 from data.shards import ShardReader
 from diffusion.objective import Objective
-from inference.pipeline import Description, Pipeline, plain
+from inference.description import Description, plain
+from inference.device import precision
+from inference.pipeline import Pipeline
 from models.text import Conditioner, TextEncoders
 from training.checkpoint import TrainState, resume, save_checkpoint
-from training.config import Precision, RunConfig
+from training.config import RunConfig
 from training.distributed import Ranks, session
 from training.ema import EMA
 from training.evaluate import draw_grid, subjects, take_exam
@@ -97,7 +99,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
         cfg.folder.mkdir(parents=True, exist_ok=True)
         (cfg.folder / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False))
     journal = Journal(cfg.folder, cfg.logger, ranks, cfg.name, cfg.train.images, state.images_seen)
-    pipeline = Pipeline(ema.module, conditioner, autoencoder, description, ranks.device)
+    pipeline = Pipeline(ema.module, conditioner, autoencoder, description, ranks.device, dtype)
     shown = subjects(
         cfg, [caption for row in range(min(len(reader), cfg.sample.count)) for caption in captions_of(reader, row)]
     )
@@ -142,8 +144,12 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             batch = batch.to(ranks.device)
             with synchronised(wrapped, last), attention_by(cfg.train.attention):
                 with autocast:
-                    cond = condition(batch, conditioner, cfg.train.text_dropout, cfg.seed, ranks.device)
-                    weighted, unweighted, t = losses(wrapped, objective, batch.latents, cond, batch.positions, cfg.seed)
+                    cond = condition(
+                        batch, conditioner, cfg.train.text_dropout, cfg.seed, ranks.device, cfg.train.encoder_dropout
+                    )
+                    weighted, unweighted, t = losses(
+                        wrapped, objective, batch.latents, cond, batch.positions, cfg.seed, cfg.train.batch_size
+                    )
                 (weighted.sum() / share).backward()
             sums.add_losses(weighted.detach(), unweighted, t)
             work.add(batch.latents, cond)
@@ -264,13 +270,6 @@ def captions_of(reader: ShardReader, row: int) -> list[str]:
 def described(cfg: RunConfig) -> dict[str, Any]:
     """The whole config as what YAML and JSON know, with the class of the model named."""
     return plain(cfg) | {"model": {"_class_name": type(cfg.model).__name__.removesuffix("Config"), **plain(cfg.model)}}
-
-
-def precision(wanted: Precision, device: torch.device) -> torch.dtype:
-    """What products are computed in: bfloat16 where asked for, or where the accelerator is good at it."""
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    halved = wanted is Precision.bf16 or (wanted is Precision.auto and able)
-    return torch.bfloat16 if halved else torch.float32
 
 
 def synchronised(module: nn.Module, last: bool) -> AbstractContextManager:

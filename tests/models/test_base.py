@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.base import Cond, ModelConfig, indivisible
+from models.base import Cond, ModelConfig, Region, indivisible
 from models.mmdit import MMDiTConfig
 from models.pixart import PixArtConfig
 
@@ -89,6 +89,51 @@ def test_where_refuses_a_null_of_another_length():
     null.text = torch.zeros(1, 5, 3)
     with pytest.raises(ValueError, match="null.text has shape"):
         cond(2).where(torch.tensor([True, False]), null)
+
+
+# two encoders on the first two tokens, side by side, and one behind them; the last feature there is padding
+REGIONS = [
+    Region(slice(0, 2), slice(0, 1), slice(0, 1)),
+    Region(slice(0, 2), slice(1, 2), slice(1, 2)),
+    Region(slice(2, 4), slice(0, 3), slice(0, 0)),
+]
+
+
+def test_regions_drop_by_themselves_and_leave_the_rest_to_the_bit():
+    batch, null = cond(8, seed=1), cond(1, seed=2)
+    batch.text_mask, null.text_mask = torch.tensor([[1, 1, 1, 0]] * 8).bool(), torch.tensor([[1, 0, 0, 0]]).bool()
+    before = batch.text.clone()
+    drops = torch.tensor([[i & 1, i >> 1 & 1, i >> 2] for i in range(8)]).bool()  # every combination
+    mixed = batch.where_regions(drops, null, REGIONS)
+    assert torch.equal(batch.text, before)
+    for i, row in enumerate(drops.tolist()):
+        taken = torch.zeros(4, 3, dtype=torch.bool)
+        for drop, region in zip(row, REGIONS, strict=True):
+            taken[region.tokens, region.features] = drop
+        assert torch.equal(mixed.text[i], torch.where(taken, null.text[0], batch.text[i]))
+        assert torch.equal(mixed.pooled[i], torch.where(torch.tensor(row[:2]), null.pooled[0], batch.pooled[i]))
+        hidden = row[0] and row[1]  # the mask is the null's where no encoder that reads the tokens is left
+        assert mixed.text_mask[i].tolist() == [True, not hidden, not row[2], False]
+    assert torch.equal(mixed.class_id, batch.class_id)
+
+
+def test_regions_end_where_the_text_is_cut():
+    batch, null = cond(2, seed=1), cond(1, seed=2)
+    drops = torch.ones(2, 3, dtype=torch.bool)
+    whole = batch.where_regions(drops, null, REGIONS)
+    for tokens in (1, 2, 3):
+        cut = batch.cut(tokens).where_regions(drops, null.cut(tokens), REGIONS)
+        assert torch.equal(cut.text, whole.text[:, :tokens])
+        assert torch.equal(cut.text_mask, whole.text_mask[:, :tokens])
+
+
+def test_regions_need_text_but_neither_mask_nor_pooled():
+    text = torch.ones(2, 4, 3)
+    bare = Cond(text=text).where_regions(torch.tensor([[True, False, True]] * 2), Cond(text=0 * text[:1]), REGIONS)
+    assert bare.text[0].tolist() == [[0, 1, 1], [0, 1, 1], [0, 0, 0], [0, 0, 0]]
+    assert bare.text_mask is bare.pooled is None
+    with pytest.raises(ValueError, match="cond.text is None: regions are those of text encoders"):
+        Cond().where_regions(torch.ones(2, 3), Cond(), REGIONS)
 
 
 def test_fields_are_closed():

@@ -31,8 +31,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from models.base import Cond
 from models.pretrained import FrozenPrecision
-from models.text import SIZE_COLUMNS, Conditioner, TextConfig, TextEncoders
+from models.text import SIZE_COLUMNS, Conditioner, TextConfig, TextEncoders, _rows, emphasised
 
 CAPTIONS = ["A small Red circle at the top", "two zebras, übermütig", ""]
 PAIR = {"encoders": ["clip_l", "clip_g"], "tokenizers": ["tokenizer", "tokenizer_2"]}
@@ -287,6 +288,182 @@ def test_config_errors(options, message):
         TextConfig(path="x", **options)
 
 
+# --- weights and chunks -------------------------------------------------------------------------------------
+
+ALL = {**SD3, "encoders": [*SD3["encoders"], "t5"], "tokenizers": [*SD3["tokenizers"], "tokenizer_3"], "length": 20}
+MIXED = {"encoders": ["t5", *PAIR["encoders"]], "tokenizers": ["tokenizer_3", *PAIR["tokenizers"]], "length": 9}
+EMPTIED = {**SD3, "empty": 9, "width": 96}
+LONG = " ".join(["red circle", "blue star", "green square"] * 25) + " at the top"  # 153 words
+
+
+def plain(*captions):
+    """Captions as prompts that weigh nothing."""
+    return [[[(caption, 1.0)]] for caption in captions]
+
+
+def same(one, two):
+    """Whether two encodings are equal to the last bit."""
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("options", [PAIR, ALL, {**T5, "length": 12, "lower": True}, GEMMA, EMPTIED])
+def test_plain_prompts_are_captions_to_the_last_bit(parts, options, masked):
+    text = TextConfig(path=str(parts[0]), **{**options, "masked": masked}).build()
+    for captions in (CAPTIONS, *([caption] for caption in CAPTIONS)):
+        assert text.chunks_needed(plain(*captions)) == 1
+        assert same(text.encode_weighted(plain(*captions)), text.encode(captions))
+        halves = [[[(caption[:5], 1.0), (caption[5:], 1.0)]] for caption in [*captions[:1], "small red"]]
+        assert text.encode_weighted(halves)[0].shape[1:] == (text.length, text.width)
+
+
+@pytest.mark.parametrize("options", [PAIR, ALL, GEMMA, {**T5, "length": 4}])
+def test_tokens_are_what_the_tokenizer_makes_of_a_caption(parts, options):
+    """Start, end, padding, mask and cut are put together here; theirs are the tokenizer's."""
+    text = TextConfig(path=str(parts[0]), **options).build()
+    for tokenizer in text.tokenizers:
+        captions = [*CAPTIONS, "a red circle at the top " * 12, "  a  red "]
+        expected = tokenizer(
+            captions, padding="max_length", max_length=9, truncation=True, padding_side="right", return_tensors="pt"
+        )
+        ids, mask, weights = _rows(tokenizer, [tokens for (tokens,) in text._tokens(tokenizer, plain(*captions))], 9)
+        assert torch.equal(ids, expected.input_ids)
+        assert torch.equal(mask, expected.attention_mask.bool())
+        assert (weights == 1).all()
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_its_chunks_encoded_alone(parts):
+    text = TextConfig(path=str(parts[0]), **PAIR).build()
+    words, again = (tokenizer(LONG, add_special_tokens=False).input_ids for tokenizer in text.tokenizers)
+    assert words == again
+    assert len(words) > 150
+    chunks = text.chunks_needed(plain(LONG))
+    assert chunks == -(-len(words) // 30)
+    states, mask, pooled = text.encode_weighted(plain(LONG))
+    assert states.shape == (1, 32 * chunks, text.width)
+    start, end, widths = 639, 640, (0, 24, 64)
+    for i in range(chunks):
+        for k, (encoder, pad) in enumerate(zip(text.encoders, (640, 0), strict=True)):
+            ids = [start, *words[30 * i : 30 * i + 30], end]
+            assert mask[0, 32 * i : 32 * i + 32].sum() == len(ids)
+            alone = encoder(torch.tensor([ids + [pad] * (32 - len(ids))]), output_hidden_states=True)
+            found = states[:, 32 * i : 32 * i + 32, widths[k] : widths[k + 1]]
+            torch.testing.assert_close(found, alone.hidden_states[-2])
+            if i == 0 and k == 1:
+                torch.testing.assert_close(pooled, alone.text_embeds)
+
+
+def test_a_break_starts_a_chunk_and_t5_reads_on(parts):
+    text = TextConfig(path=str(parts[0]), **ALL).build()
+    broken = [[[("a red circle", 1.0)], [("two stars", 1.0)]]]
+    assert text.chunks_needed(broken) == 2
+    found, pooled = text.encode_weighted(broken)[::2]
+    first, second = (text.encode([caption]) for caption in ("a red circle", "two stars"))
+    torch.testing.assert_close(found[:, :32], first[0][:, :32])
+    torch.testing.assert_close(found[:, 32:64], second[0][:, :32])
+    torch.testing.assert_close(found[:, 64:], text.encode(["a red circle two stars"])[0][:, 32:])
+    torch.testing.assert_close(pooled, first[2])
+
+
+def test_prompts_of_a_call_are_filled_up_or_cut_to_the_same_chunks(parts):
+    text = TextConfig(path=str(parts[0]), **ALL).build()
+    chunks = text.chunks_needed(plain("two", LONG))
+    states, _, pooled = text.encode_weighted(plain("two", LONG))
+    short, empty = text.encode(["two"]), text.encode([""])
+    torch.testing.assert_close(states[:1, :32], short[0][:, :32])
+    torch.testing.assert_close(states[:1, 32 : 32 * chunks], empty[0][:, :32].repeat(1, chunks - 1, 1))
+    torch.testing.assert_close(states[:1, 32 * chunks :], short[0][:, 32:])
+    torch.testing.assert_close(pooled, torch.cat([short[2], text.encode([LONG])[2]]))
+    cut = text.encode_weighted(plain("two", LONG), 2)
+    torch.testing.assert_close(cut[0][:, :64], states[:, :64])
+    torch.testing.assert_close(cut[0][:, 64:], states[:, 32 * chunks :])
+
+
+def test_segments_without_tokens_are_chunks_and_t5_has_one(parts):
+    text = TextConfig(path=str(parts[0]), **PAIR).build()
+    assert text.chunks_needed([[[("", 1.0)], [(" ", 1.0)], [("a", 1.0)]]]) == 3
+    assert TextConfig(path=str(parts[0]), **T5, length=9).build().chunks_needed(plain(LONG)) == 1
+
+
+@pytest.mark.parametrize("weight", [1.3, 0.5, -1.0, 0.0])
+def test_a_weight_scales_the_states_of_its_tokens(parts, weight, monkeypatch):
+    """Before the mean is restored nothing else changes; restored, all of a chunk changes by one factor."""
+    text = TextConfig(path=str(parts[0]), **ALL).build()
+    prompt = [[[("a small", 1.0), ("red", weight), ("circle", 1.0)]]]
+    (found, _, pooled), (plainly, _, plain_pooled) = text.encode_weighted(prompt), text.encode(["a small red circle"])
+    assert torch.equal(pooled, plain_pooled)
+    expected = torch.ones(52)
+    for tokenizer, start, offset in ((text.tokenizers[0], 1, 0), (text.tokenizers[2], 0, 32)):
+        before, red = (len(tokenizer(words, add_special_tokens=False).input_ids) for words in ("a small", "red"))
+        expected[offset + start + before : offset + start + before + red] = weight
+    weighted = plainly * expected[None, :, None]
+    for tokens, features in (
+        (slice(0, 32), slice(0, 24)),
+        (slice(0, 32), slice(24, 64)),
+        (slice(32, 52), slice(0, 96)),
+    ):
+        one, two = found[:, tokens, features], weighted[:, tokens, features]
+        factor = (one * two).sum() / two.square().sum()
+        torch.testing.assert_close(one, factor * two, rtol=1e-5, atol=1e-6)
+        mean, whole = one.mean(), plainly[:, tokens, features].mean()
+        assert factor == pytest.approx(1, abs=1e-5) or mean.item() == pytest.approx(whole.item(), rel=1e-3)
+    monkeypatch.setattr("models.text.emphasised", lambda states, weights: states * weights[..., None])
+    assert torch.equal(text.encode_weighted(prompt)[0], weighted)
+
+
+def test_emphasis_restores_the_mean_of_each_row_where_there_is_one():
+    torch.manual_seed(0)
+    states, weights = torch.randn(2, 7, 50) + torch.tensor([[[0.3]], [[-0.5]]]), torch.ones(2, 7)
+    assert torch.equal(emphasised(states, weights), states)
+    weights[:, 2:4] = 1.5
+    found = emphasised(states, weights)
+    torch.testing.assert_close(found.mean((1, 2)), states.mean((1, 2)))
+    weights[1] = 1
+    assert torch.equal(emphasised(states, weights)[0], found[0])  # the other row's weights are its own
+    assert torch.equal(emphasised(states, weights)[1], states[1])
+    centred = states - states.mean(-1, keepdim=True)  # as a norm leaves them: the mean is rounding
+    assert torch.equal(emphasised(centred, weights), centred * weights[..., None])
+    small = torch.tensor([[[1, -0.99], [-0.99, 1]]])  # a mean of half a hundredth of the root mean square
+    assert torch.equal(emphasised(small, torch.full((1, 2), 1.5)), small * 1.5)
+    opposed, weights = torch.tensor([[[1.0], [-0.5]]]), torch.tensor([[1, 1.8]])  # five times would restore the mean
+    assert torch.equal(emphasised(opposed, weights), opposed * weights[..., None])
+    turned = torch.ones(1, 2, 3)
+    weights = torch.tensor([[-1.0, 0.9]])  # the mean would come out 20 times as small, and of another sign
+    assert torch.equal(emphasised(turned, weights), turned * weights[..., None])
+    assert torch.equal(emphasised(turned, torch.zeros(1, 2)), torch.zeros(1, 2, 3))
+
+
+def test_low_precision_weighs_in_float32(parts):
+    config = TextConfig(path=str(parts[0]), **SD3)
+    prompt = [[[("a small", 1.0), ("red", 1.3)]]]
+    exact, rough = (replace(config, precision=FrozenPrecision[name]).build() for name in ("fp32", "fp16"))
+    exact, rough = exact.encode_weighted(prompt)[0], rough.encode_weighted(prompt)[0]
+    assert rough.dtype == torch.float32
+    assert 0 < (exact - rough).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("options", [PAIR, ALL, {**T5, "length": 9}, MIXED, EMPTIED])
+def test_regions_are_where_each_encoder_writes(parts, options):
+    """Another encoder's weights change its region, and nothing else."""
+    text = TextConfig(path=str(parts[0]), **options).build()
+    states, _, pooled = text.encode(CAPTIONS)
+    for encoder, region in zip(text.encoders, text.regions, strict=True):
+        with torch.no_grad():
+            saved = {name: p.clone() for name, p in encoder.named_parameters()}
+            for p in encoder.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+            found, _, changed = text.encode(CAPTIONS)
+            encoder.load_state_dict(saved, strict=False)
+        moved = torch.zeros_like(states, dtype=torch.bool)
+        moved[:, region.tokens, region.features] = True
+        assert torch.equal(found != states, moved)
+        if pooled is not None:
+            moved = torch.zeros_like(pooled, dtype=torch.bool)
+            moved[:, region.pooled] = True
+            assert torch.equal(changed != pooled, moved)
+
+
 # --- the conditioner ----------------------------------------------------------------------------------------
 
 
@@ -302,10 +479,29 @@ def test_null_is_the_empty_caption_or_the_label_after_the_last(text):
     zeros = Conditioner(TextConfig(path="assets/shapes", zero_null=True).build()).null()
     assert torch.equal(zeros.text, torch.zeros_like(words.null().text))
     assert torch.equal(zeros.pooled, torch.zeros_like(words.null().pooled))
+    longer = words.null(chunks=3)
+    torch.testing.assert_close(longer.text, words.null().text.repeat(1, 3, 1))
+    assert torch.equal(longer.text_mask, words.null().text_mask.repeat(1, 3))
+    torch.testing.assert_close(longer.pooled, words.null().pooled)
+    assert torch.equal(words.null().text, words([""]).text)
+    zeros = Conditioner(TextConfig(path="assets/shapes", zero_null=True).build()).null(chunks=2)
+    assert torch.equal(zeros.text, torch.zeros_like(longer.text[:, :64]))
+    assert classes.null(chunks=2).class_id.tolist() == [48]
     with pytest.raises(ValueError, match="give a prompt, not a class label"):
         words(class_id=torch.tensor([1]))
     with pytest.raises(ValueError, match="give class labels, not a prompt"):
         classes(["a"])
+    with pytest.raises(ValueError, match="give class labels, not a prompt"):
+        classes.weighted(plain("a"))
+
+
+def test_weighted_prompts_have_the_shape_of_their_null(text):
+    words = Conditioner(text)
+    prompts = [[[("a ", 1.0), ("red", 1.5)], [("circle", 1.0)]], *plain("a blue star")]
+    cond, null = words.weighted(prompts, 3), words.null(chunks=3)
+    assert Cond.cat([cond, null]).text.shape == (3, 96, 192)
+    assert torch.equal(words.weighted(prompts).text, cond.text[:, :64])
+    assert torch.equal(words.weighted(plain("a blue star")).text, words(["a blue star"]).text)
 
 
 def test_the_vector_says_which_sizes_are_read(text):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from inference.pipeline import Pipeline, find
+from inference.description import find
+from inference.pipeline import Pipeline
 from training.run import run
 
 

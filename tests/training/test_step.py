@@ -1,5 +1,6 @@
 """The step: accumulation, ranks, the guard against bad numbers, rates, averages, dropout."""
 
+import itertools
 import json
 import math
 import os
@@ -12,21 +13,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.stats import kstest
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from configs.schema import compose
 from data.draws import uniform
 from data.loader import Batch
+from diffusion.objective import Objective, ObjectiveConfig, Prediction, Weighting
+from diffusion.schedule import Path as NoisePath
+from diffusion.schedule import ShiftLaw, alpha_sigma, shift
+from diffusion.timesteps import TimeLaw
 from inference.pipeline import Pipeline
 from models.autoencoder import AutoencoderConfig
 from models.base import Cond
 from models.text import Conditioner, TextConfig, TextEncoders
 from prepare.shapes import prepare_shapes
+from training.config import TrainConfig
 from training.ema import EMA, EMAConfig
 from training.optim import OptimConfig, build_optimizer, guarded_step, learning_rate
+from training.pairing import paired
 from training.run import check_text, run
-from training.step import condition
+from training.step import condition, losses
 
 
 def train_lines(folder):
@@ -65,9 +73,107 @@ def test_worker_processes_change_nothing(config):
     assert_same_training(plain.folder, workers.folder, 24)
 
 
+# --- losses ------------------------------------------------------------------------------------------------------
+
+FLOW = {"prediction": Prediction.flow, "path": NoisePath.linear, "times": TimeLaw.uniform}
+LATENTS = torch.randn(16, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Seen(nn.Module):
+    """A denoiser that answers with a mix of what it is shown, and keeps it."""
+
+    def forward(self, x_t, t, cond):
+        self.x_t, self.t = x_t, t
+        return 0.3 * x_t + t.view(-1, 1, 1, 1)
+
+
+def losses_of(start=0, count=16, x0=LATENTS, batch_size=8, **options):
+    """((weighted, unweighted, t), x_t) for the positions from `start` on."""
+    objective, seen = Objective(ObjectiveConfig(**options)), Seen()
+    positions = torch.arange(start, start + count)
+    found = losses(seen, objective, x0[start : start + count], None, positions, 3, batch_size)
+    return found, seen.x_t
+
+
+def noise_of(**options):
+    """The noise that each image was given: x_t of flow, solved for it."""
+    (_, _, t), x_t = losses_of(**FLOW, **options)
+    s = t.view(-1, 1, 1, 1)
+    return (x_t - (1 - s) * LATENTS) / s
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": Weighting.min_snr},
+        FLOW | {"stratified": True, "shift_law": ShiftLaw.sqrt, "shift_cells": 48, "huber": 0.1},
+        FLOW | {"pairing": 4, "offset_noise": 0.05, "range": [0.2, 0.8]},
+    ],
+)
+def test_losses_of_an_image_are_the_same_in_any_micro_batch(options):
+    whole, x_t = losses_of(**options)
+    parts = [losses_of(start, 4, **options) for start in range(0, 16, 4)]
+    for k in range(3):
+        assert torch.equal(torch.cat([found[k] for found, _ in parts]), whole[k])
+    assert torch.equal(torch.cat([part for _, part in parts]), x_t)
+
+
+def test_loss_is_the_weighted_error_and_the_unweighted_one_stays_squared():
+    (plain, unweighted, t), _ = losses_of(**FLOW)
+    assert torch.equal(plain, unweighted)
+    (weighted, same, _), _ = losses_of(**FLOW, weighting=Weighting.soft_min_snr, huber=0.1)
+    assert torch.equal(same, unweighted) and (weighted < plain).all()
+    tiny = [losses_of(**FLOW, weighting=Weighting.snr, huber=d)[0][0] for d in (1e6, None)]
+    torch.testing.assert_close(*tiny)  # an error far below d costs its square
+    torch.testing.assert_close(tiny[1], (1 - t) ** 2 * plain)
+
+
+def test_times_of_a_stratified_run_fill_each_batch_evenly():
+    (*_, t), _ = losses_of(**FLOW, stratified=True, batch_size=8)
+    for batch in t.split(8):
+        assert (8 * batch).long().tolist() == list(range(8))
+
+
+def test_the_shift_is_that_of_the_latents_size():
+    (*_, plain), _ = losses_of(**FLOW)
+    (*_, shifted), _ = losses_of(**FLOW, shift=3.0, shift_law=ShiftLaw.sqrt, shift_cells=48)  # 12 cells: half
+    torch.testing.assert_close(shifted, shift(plain, 1.5))
+
+
+def test_offset_noise_is_one_gaussian_number_a_channel():
+    images = torch.zeros(4000, 2, 2, 2)
+    eps = [losses_of(count=4000, x0=images, prediction=Prediction.v, offset_noise=k)[1] for k in (0.0, 0.5)]
+    (*_, t), _ = losses_of(count=4000, x0=images, prediction=Prediction.v)
+    offset = (eps[1] - eps[0]) / alpha_sigma(NoisePath.vp, t)[1].view(-1, 1, 1, 1) / 0.5
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-4, rtol=0)
+    one = offset[:, :, 0, 0]
+    assert kstest(one.flatten().numpy(), "norm").pvalue > 0.01
+    assert abs(np.corrcoef(one.T.numpy())[0, 1]) < 0.05  # channels apart
+
+
+def test_pairing_of_four_is_the_best_of_all_permutations():
+    plain, dealt = noise_of(), noise_of(pairing=4)
+    for x0, before, after in zip(LATENTS.split(4), plain.split(4), dealt.split(4), strict=True):
+        cost = lambda order, x0=x0, eps=before: (x0 - eps[list(order)]).square().sum()  # noqa: E731
+        best = min(itertools.permutations(range(4)), key=cost)
+        torch.testing.assert_close(after, before[list(best)], atol=1e-4, rtol=1e-4)
+    assert torch.equal(noise_of(pairing=1), plain)
+
+
+def test_pairing_keeps_the_noise_and_shortens_the_paths():
+    images, eps = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(1))
+    dealt = paired(images, eps, 32)
+    assert torch.equal(dealt.flatten(1).unique(dim=0), eps.unique(dim=0))  # the same set
+    assert (images - dealt).square().sum() < 0.6 * (images - eps).square().sum()
+    assert torch.equal(paired(images, eps, 1), eps)
+    with pytest.raises(ValueError, match=r"objective.pairing=5 does not divide a micro-batch of 64 images, .* divisor"):
+        paired(images, eps, 5)
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one_and_reduce_once_a_step(config, tmp_path):
-    cfg = config("stage1", "train.images=48", name="one")
+    draws = ["objective.stratified=true", "objective.pairing=2"]  # which look at whole batches and at neighbours
+    cfg = config("stage1", "train.images=48", *draws, name="one")
     run(cfg)
     script = tmp_path / "ranks.py"
     script.write_text(
@@ -92,7 +198,7 @@ def test_two_ranks_equal_one_and_reduce_once_a_step(config, tmp_path):
     overrides = [
         "name=two", f"outputs={tmp_path}", f"data.path={cfg.data.path}", "train.images=48", "train.micro_batch=2",
         "model.hidden=32", "model.depth=2", "model.heads=2", "train.batch_size=8", "train.log_every=8",
-        "optim.warmup=16", "optim.lr=1e-3", "sample.every=1000000", "sample.first=1000000",
+        "optim.warmup=16", "optim.lr=1e-3", "sample.every=1000000", "sample.first=1000000", *draws,
     ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -182,6 +288,96 @@ def test_measured_dropout_is_the_setting_and_the_null_is_the_samplers():
     assert empty.text is not None
     assert torch.equal(mixed.text[0], empty.text[0])
     assert torch.equal(mixed.text[1], cond.text[1])
+
+
+def three_encoders() -> TextEncoders:
+    """CLIP, CLIP with a projection and a T5, small and random, that read words of the shapes."""
+    pair, torch_state = TextConfig(path="assets/shapes").build(), torch.get_rng_state()
+    torch.manual_seed(0)
+    t5 = T5EncoderModel(T5Config(vocab_size=641, d_model=200, d_kv=16, d_ff=64, num_layers=1, num_heads=4)).eval()
+    torch.set_rng_state(torch_state)
+    config = TextConfig(path="", encoders=["a", "b", "c"], tokenizers=["a", "b", "c"], length=12)
+    return TextEncoders(config, [*pair.tokenizers, pair.tokenizers[0]], [*pair.encoders, t5])
+
+
+def captioned(captions: list[str], **stored) -> Batch:
+    """A batch without a picture, at positions from 0."""
+    n = len(captions)
+    return Batch(
+        latents=torch.zeros(n, 0, 0, 0), captions=captions, class_id=torch.full((n,), -1), positions=torch.arange(n),
+        sizes=torch.zeros(n, 7), **stored,
+    )  # fmt: skip
+
+
+def dropped(conditioner, batch, dropout, shares, seed=0) -> tuple[Cond, Cond]:
+    """The batch's condition with and without dropout."""
+    plain, mixed = (
+        condition(batch, conditioner, rate, seed, torch.device("cpu"), encoder_dropout)
+        for rate, encoder_dropout in ((0.0, []), (dropout, shares))
+    )
+    return plain, mixed
+
+
+def test_each_encoder_is_dropped_at_its_rate_and_by_itself():
+    """SD3's 46.4 %; the other encoders' numbers stay to the bit."""
+    conditioner, shares, n = Conditioner(three_encoders()), [0.464, 0.2, 0.7], 4000
+    one = conditioner(["a red circle"])
+    rows = {"text": one.text.half().expand(n, -1, -1), "text_mask": one.text_mask.expand(n, -1)}
+    batch = captioned(["a red circle"] * n, **rows, pooled=one.pooled.half().expand(n, -1))
+    plain, mixed = dropped(conditioner, batch, 0.0, shares)
+    null, found = conditioner.null().to(dtype=torch.float16), []
+    for region in conditioner.text.regions:
+        here = slice(None), region.tokens, region.features
+        gone = (mixed.text[here] != plain.text[here]).flatten(1).any(1)
+        assert torch.equal(mixed.text[here][gone], null.text[here].expand(int(gone.sum()), -1, -1))
+        assert torch.equal(mixed.text[here][~gone], plain.text[here][~gone])
+        pooled = slice(None), region.pooled
+        assert torch.equal(mixed.pooled[pooled], torch.where(gone[:, None], null.pooled[pooled], plain.pooled[pooled]))
+        found.append(gone)
+    gone = torch.stack(found).double()
+    sigmas = torch.tensor([math.sqrt(share * (1 - share)) for share in shares]).double()
+    assert ((gone.mean(1) - torch.tensor(shares)).abs() < 4 * sigmas / math.sqrt(n)).all()
+    correlation = torch.corrcoef(gone)[[0, 0, 1], [1, 2, 2]]
+    assert (correlation.abs() < 4 / math.sqrt(n)).all()
+    assert gone.prod(0).mean().item() == pytest.approx(math.prod(shares), rel=0.25)
+
+
+def test_all_encoders_dropped_is_the_null_condition():
+    conditioner = Conditioner(three_encoders())
+    batch = captioned(["a red circle", "a small blue star at the top"])
+    _, every = dropped(conditioner, batch, 0.0, [1, 1, 1])
+    _, whole = dropped(conditioner, batch, 1.0, [])
+    _, none = dropped(conditioner, batch, 0.0, [0, 0, 0])
+    for name in ("text", "text_mask", "pooled"):
+        assert torch.equal(getattr(every, name), getattr(whole, name))
+        assert torch.equal(getattr(none, name), getattr(conditioner(batch.captions), name))
+
+
+def test_encoders_are_dropped_from_stored_text_as_from_encoded_text():
+    """Stored text is cut to the longest of its batch."""
+    conditioner = Conditioner(three_encoders())
+    captions = ["a red circle", "a small blue star at the top", "two stars", ""] * 4
+    cond = conditioner(captions)
+    length = int(cond.text_mask.nonzero()[:, 1].max()) + 1
+    assert 32 < length < conditioner.text.length
+    stored = captioned(captions, text=cond.text[:, :length], text_mask=cond.text_mask[:, :length], pooled=cond.pooled)
+    found, expected = (dropped(conditioner, batch, 0.1, [0.5] * 3)[1] for batch in (stored, captioned(captions)))
+    assert torch.equal(found.text, expected.text[:, :length])
+    assert torch.equal(found.text_mask, expected.text_mask[:, :length])
+    assert torch.equal(found.pooled, expected.pooled)
+    assert not torch.equal(found.text, cond.text[:, :length])
+
+
+def test_encoder_dropout_fits_the_encoders():
+    conditioner = Conditioner(TextConfig(path="assets/shapes").build())
+    message = r"train.encoder_dropout=\[0.5\] has 1 shares, but there are 2 text encoders; give one share for each"
+    with pytest.raises(ValueError, match=message):
+        dropped(conditioner, captioned(["a"]), 0.1, [0.5])
+    classes = replace(captioned(["a"]), class_id=torch.tensor([3]))
+    with pytest.raises(ValueError, match="has 1 shares, but there are 0 text encoders; .* or \\[\\] for none"):
+        dropped(Conditioner(num_classes=4), classes, 0.1, [0.5])
+    with pytest.raises(ValueError, match=r"train.encoder_dropout=\[0.5, 1.5\] has a share outside 0 to 1"):
+        TrainConfig(encoder_dropout=[0.5, 1.5])
 
 
 # --- sizes and text that only some models read ----------------------------------------------------------------
