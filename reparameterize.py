@@ -110,7 +110,7 @@ def reparameterize(options: Options) -> None:
     import torch
 
     from configs.schema import compose
-    from inference.pipeline import Description, find, plain
+    from inference.description import Description, find, plain
     from models.folder import publish
     from models.surgery import transfer
     from models.weights import load_denoiser, save_denoiser

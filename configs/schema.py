@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.loader import DataConfig
 from diffusion.objective import ObjectiveConfig
-from inference.pipeline import SamplerConfig
+from inference.description import SamplerConfig
 from models.autoencoder import AutoencoderConfig
 from models.ccdit import CCDiTConfig
 from models.mmdit import MMDiTConfig

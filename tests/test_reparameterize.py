@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.schema import compose
-from inference.pipeline import Description, find
+from inference.description import Description, find
 from models.base import Cond
 from models.folder import publish
 from models.pixart import PixArt

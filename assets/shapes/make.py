@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data import shapes
-from inference.pipeline import find
+from inference.description import find
 
 HERE = Path(__file__).parent
 

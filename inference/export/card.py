@@ -13,9 +13,10 @@ from torch import nn
 from diffusion.objective import NetworkTime
 from diffusion.sample import Sampler
 from diffusion.schedule import Betas, Path
+from inference.description import plain
 from inference.export.scheduler import PREDICTIONS, walked
 from inference.export.single_file import modelspec
-from inference.pipeline import Pipeline, plain
+from inference.pipeline import Pipeline
 
 OBJECTIVE = "triptych.objective"  # a single file's whole objective, as in pipeline.json
 

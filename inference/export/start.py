@@ -15,10 +15,10 @@ import torch
 from diffusion.objective import NetworkTime, Objective, ObjectiveConfig, Prediction
 from diffusion.schedule import Path as NoisePath
 from diffusion.timesteps import TimeLaw
+from inference.description import Description, SamplerConfig, typed
 from inference.export.card import OBJECTIVE
 from inference.export.scheduler import objective_of
 from inference.export.single_file import ZERO_TERMINAL_SNR, SingleFile, read_single_file
-from inference.pipeline import Description, SamplerConfig, typed
 from models.autoencoder import AutoencoderConfig, factor_of
 from models.interchange import from_diffusers
 from models.text import TextConfig

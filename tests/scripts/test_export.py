@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from diffusion.objective import NetworkTime, ObjectiveConfig, Prediction
-from inference.pipeline import Description, Pipeline, SamplerConfig
+from inference.description import Description, SamplerConfig
+from inference.pipeline import Pipeline
 from models.autoencoder import AutoencoderConfig
 from models.text import TextConfig
 from models.unet import UNetConfig

@@ -15,11 +15,12 @@ from diffusion.objective import NetworkTime, ObjectiveConfig, Prediction
 from diffusion.sample import Sampler
 from diffusion.schedule import Path as NoisePath
 from diffusion.timesteps import TimeLaw
+from inference.description import Description, SamplerConfig
 from inference.export.card import model_card, snippet
 from inference.export.pipeline import to_public
 from inference.export.scheduler import walked
 from inference.export.start import from_public
-from inference.pipeline import Description, Pipeline, SamplerConfig
+from inference.pipeline import Pipeline
 from models.autoencoder import AutoencoderConfig
 from models.base import ModelConfig
 from models.ccdit import CCDiTConfig
