@@ -1,72 +1,83 @@
-"""A page to draw with a checkpoint of any stage. Local unless `--share` is given.
+"""A page to draw with a checkpoint of any stage, on this machine alone unless `--share` is given.
 
 pip install -e ".[app]"
 python app/gradio_app.py --checkpoint assets/shapes/pipeline
+python app/gradio_app.py --checkpoint outputs/stage3 --compare outputs/stage1
 """
 
 import argparse
+import atexit
+import os
+import shutil
+import signal
 import sys
-from dataclasses import replace
-
-
-def build(checkpoint: str):
-    """The page: a prompt (or a class), the sampler's settings, a gallery that fills as pictures come."""
-    import gradio as gr
-
-    from diffusion.sample import Sampler
-    from inference.pipeline import Pipeline
-
-    pipeline = Pipeline.load(checkpoint)
-    settings, by_class = pipeline.description.sampler, pipeline.conditioner.text is None
-
-    def draw(subject, count, seed, steps, guidance, sampler, progress=gr.Progress()):  # noqa: B008 - gradio's way
-        chosen = replace(settings, steps=int(steps), guidance=guidance, name=Sampler[sampler])
-        pictures = pipeline.generate(
-            None if by_class else [subject] * int(count),
-            class_ids=[int(subject)] * int(count) if by_class else None,
-            seeds=[int(seed) + i for i in range(int(count))],
-            sampler=chosen,
-            progress=lambda step, z, x0: progress((step + 1, int(steps))),
-        )
-        return [(picture, f"seed {int(seed) + i}") for i, picture in enumerate(pictures)]
-
-    with gr.Blocks(title="Triptych") as page:
-        gr.Markdown(f"## Triptych\n`{checkpoint}` · {pipeline.description.objective.prediction.name} prediction")
-        with gr.Row():
-            with gr.Column():
-                if by_class:
-                    subject = gr.Number(
-                        0, label="Class", precision=0, maximum=(pipeline.conditioner.num_classes or 1) - 1
-                    )
-                else:
-                    subject = gr.Textbox(
-                        "a small red circle above a large blue star on a white background", label="Prompt"
-                    )
-                count = gr.Slider(1, 16, 4, step=1, label="Pictures")
-                seed = gr.Number(0, label="Seed", precision=0)
-                steps = gr.Slider(1, 100, settings.steps, step=1, label="Steps")
-                guidance = gr.Slider(0, 15, settings.guidance, step=0.5, label="Guidance (1: none)")
-                sampler = gr.Dropdown(list(Sampler.__members__), value=settings.name.name, label="Sampler")
-                button = gr.Button("Draw", variant="primary")
-            gallery = gr.Gallery(label="Pictures", columns=2, object_fit="contain", format="png")
-        inputs = [subject, count, seed, steps, guidance, sampler]
-        gr.on([button.click, subject.submit], draw, inputs, gallery)
-    return page
+import tempfile
 
 
 def main() -> None:
-    """Parse, build, serve on this machine."""
+    """Parse, open the checkpoints, serve until stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint or exported pipeline")
-    parser.add_argument("--share", action="store_true", help="also make a public link")
+    parser.add_argument("--compare", metavar="CHECKPOINT", help="another one, to draw side by side with")
+    parser.add_argument("--share", action="store_true", help="also make a public link, which anyone who has it may use")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # by the way that clears the temporary folder
     try:
-        build(options.checkpoint).launch(server_name="127.0.0.1", server_port=options.port, share=options.share)
+        serve(options.checkpoint, options.compare, port=options.port, share=options.share)
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[app]"')
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # gradio's word for a port that is taken is an OSError
         sys.exit(f"error: {error}")
+
+
+def serve(checkpoint: str, compare: str | None = None, *, port: int = 7860, share: bool = False, block: bool = True):
+    """Open the checkpoints and serve their page; returns (page, address), at once unless `block`."""
+    folder = tempfile.mkdtemp(prefix="triptych-studio-")  # readable by us alone, unlike gradio's own choice
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}  # before gradio is imported
+    from app.page import STYLE, build, theme
+    from app.studio import Studio
+
+    page = build(Studio(checkpoint, compare, folder=folder, private=not share)).queue(api_open=False, max_size=32)
+    _, address, _ = page.launch(
+        server_name="127.0.0.1", server_port=port, share=share, prevent_thread_lock=not block,
+        theme=theme(), css_paths=STYLE, footer_links=[], run_history=False, mcp_server=False, ssr_mode=False,
+        enable_monitoring=False, allowed_paths=[], max_file_size="64mb", app_kwargs={"middleware": sealed()},
+    )  # fmt: skip
+    return page, address
+
+
+def sealed() -> list:
+    """Middleware that lets the page's browser, and the server on a visitor's behalf, speak to nobody else."""
+    from starlette.middleware import Middleware
+
+    return [Middleware(Sealed)]
+
+
+class Sealed:
+    """Forbid the browser all origins but ours, and refuse gradio's way to have the server fetch an address."""
+
+    POLICY = (
+        "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
+        " style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
+    )
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def sending(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", self.POLICY.encode())]
+            await send(message)
+
+        if scope["type"] == "http" and "/file=http" in scope["path"]:
+            from starlette.responses import PlainTextResponse
+
+            await PlainTextResponse("not fetched", status_code=403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, sending)
 
 
 if __name__ == "__main__":
