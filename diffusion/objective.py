@@ -399,6 +399,11 @@ class Objective:
         times = shift(self.table, factor).clamp(max=self._cut).unique()
         return times[times <= self.config.range[1]]
 
+    @property
+    def default_grid(self) -> Grid:
+        """`trailing` where training draws from the table, else `uniform`."""
+        return Grid.trailing if self.config.times is TimeLaw.table else Grid.uniform
+
     def grid(
         self,
         steps: int,
@@ -410,12 +415,10 @@ class Objective:
     ) -> Tensor:
         """(steps + 1,) descending float64 times to 0, shifted as in training for latents of `cells`.
 
-        Default: `trailing` where training draws from the table, else `uniform`. All but `leading` start at the largest
-        time trained at. `rho` belongs to `karras`; `ramp_max`, in sigma_edm, is where the ramps of `karras` and
-        `exponential` start.
+        Default: `default_grid`. All but `leading` start at the largest time trained at. `rho` belongs to `karras`;
+        `ramp_max`, in sigma_edm, is where the ramps of `karras` and `exponential` start.
         """
-        factor, on_table = self.shift_at(cells), self.config.times is TimeLaw.table
-        kind = kind or (Grid.trailing if on_table else Grid.uniform)
+        factor, kind = self.shift_at(cells), kind or self.default_grid
         if kind is Grid.uniform:
             top = self._top(factor)
             times = shift(uniform_grid(steps, float(unshift(torch.tensor(top, dtype=torch.float64), factor))), factor)
@@ -423,7 +426,7 @@ class Objective:
             return times
         if kind in (Grid.karras, Grid.exponential):
             return self._ramp(kind, steps, factor, rho, ramp_max)
-        if not on_table:
+        if self.config.times is not TimeLaw.table:
             raise ValueError(
                 f"a {kind.name} grid walks a table, but objective.times={self.config.times.name}; use the uniform grid"
             )

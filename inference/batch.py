@@ -44,7 +44,8 @@ def _draw(
     refiner: Pipeline | None, progress: Callable[[int, int, Tensor], object] | None,
 ) -> list[np.ndarray]:  # fmt: skip
     first = group[0]
-    size = (first.size[0], first.size[1]) if first.size else (pipeline.description.resolution,) * 2
+    height, width = first.size or [pipeline.description.resolution] * 2
+    size = height, width
     by_class = first.class_id is not None
     pictures = pipeline.generate(
         None if by_class else [settings.prompt for settings in group],

@@ -10,7 +10,6 @@ Tensor names are common to the networks, so that surgery can copy a trunk by nam
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -80,7 +79,7 @@ def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x, gate, y)
 
 
-_SLICE: ContextVar[int | None] = ContextVar("slice", default=None)
+_slice: int | None = None  # a global, which compilers can follow, and harmless between threads: no result depends on it
 
 
 @contextmanager
@@ -91,11 +90,12 @@ def sliced_attention(queries: int | None) -> Iterator[None]:
     """
     if queries is not None and queries < 1:
         raise ValueError(f"attention_slices={queries} is no number of queries; choose 1024 or so, or none")
-    token = _SLICE.set(queries)
+    global _slice
+    before, _slice = _slice, queries
     try:
         yield
     finally:
-        _SLICE.reset(token)
+        _slice = before
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -103,7 +103,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     parts = [
         F.scaled_dot_product_attention(part.transpose(1, 2), k, v, attn_mask=mask)
-        for part in q.split(_SLICE.get() or q.shape[1], 1)
+        for part in q.split(_slice or q.shape[1], 1)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2).flatten(2)
 

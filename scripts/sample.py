@@ -231,12 +231,12 @@ def chosen_sampler(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampler_keys(given: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Words of the command line as fields of `SamplerConfig`, checked."""
+    """Words of the command line as fields of `SamplerConfig`, checked; another sampler has an eta of its own."""
     from diffusion.sample import Sampler
     from diffusion.timesteps import Grid
     from inference.description import SamplerConfig
 
-    fields_of = {}
+    fields_of: dict[str, Any] = {"eta": None} if "sampler" in given else {}
     for key, value in given.items():
         choices: Any = {"sampler": Sampler, "grid": Grid}.get(key)
         if choices is not None:
@@ -247,7 +247,12 @@ def sampler_keys(given: dict[str, Any], prefix: str) -> dict[str, Any]:
     kinds = {f.name: f.type for f in fields(SamplerConfig)}
     for key, value in fields_of.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key not in ("name", "grid", "interval") and not (isinstance(value, int) if kinds[key] is int else number):
+        optional = key in ("eta", "negative_scale", "ramp_max") and value is None
+        if (
+            key not in ("name", "grid", "interval")
+            and not optional
+            and not (isinstance(value, int) if kinds[key] is int else number)
+        ):
             raise ValueError(f"{prefix}{key} {value} is not a number")
     SamplerConfig(**fields_of)
     return fields_of

@@ -165,7 +165,10 @@ def test_retargeting_of_a_perfect_denoiser():
         ([*SMALL, "seed=one"], "seed=one is not a number; give one such as seed=0"),
         ([*SMALL, "mode=median"], "mode='median' is not known; choose one of anchor, mean"),
         ([*SMALL, "weights=best"], "holds the weights ema, model"),
-        ([*SMALL, "objective=flew"], "objective=flew is not a choice; choose one of eps, flow, v"),
+        (
+            [*SMALL, "objective=flew"],
+            "objective=flew is not a choice; choose one of cosine, edm, eps, flow, novelai_v3",
+        ),
         ([*SMALL, "objective.shift=3"], "objective.KEY=VALUE changes an objective that is chosen; give objective=NAME"),
         ([*SMALL, "model.in_channels=4"], "in_channels=4 where the source has 8 is another autoencoder; give vae=NAME"),
     ],

@@ -15,16 +15,21 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
+def check_pairing(images: int, group: int) -> None:
+    """Refuse groups that do not fill a micro-batch of so many images."""
+    if images % group:
+        raise ValueError(
+            f"objective.pairing={group} does not divide a micro-batch of {images} images, and a group lies within one;"
+            " choose a divisor, or another train.micro_batch"
+        )
+
+
 def paired(x0: Tensor, eps: Tensor, group: int) -> Tensor:
     """`eps` (b, ...) with its rows permuted within each `group` consecutive rows, nearest to `x0` (b, ...) in sum.
 
     The assignment is solved on the host: one wait for the device a call.
     """
-    if len(x0) % group:
-        raise ValueError(
-            f"objective.pairing={group} does not divide a micro-batch of {len(x0)} images, and a group lies within one;"
-            " choose a divisor, or another train.micro_batch"
-        )
+    check_pairing(len(x0), group)
     with torch.autocast(x0.device.type, enabled=False):
         images, noises = (k.detach().float().reshape(-1, group, k[0].numel()) for k in (x0, eps))
         likeness = images @ noises.mT  # (b/g, g, g)

@@ -30,6 +30,7 @@ from training.flops import Work, peak_tflops
 from training.metrics import Journal, LossSums, peak_rss_mb
 from training.optim import build_optimizer, guarded_step, learning_rate
 from training.origin import inherit
+from training.pairing import check_pairing
 from training.speed import (
     Compile,
     attention_by,
@@ -53,6 +54,7 @@ def run(cfg: RunConfig) -> dict[str, Any]:
 
 def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     micro_batch = cfg.train.micro_batch_of(ranks.world)
+    check_pairing(micro_batch, cfg.objective.pairing)
     reader = open_data(cfg, ranks)
     dtype = precision(cfg.train.precision, ranks.device)
     masked = cfg.model.condition == "text" and cfg.text is not None and cfg.text.masked
@@ -100,6 +102,9 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
         (cfg.folder / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False))
     journal = Journal(cfg.folder, cfg.logger, ranks, cfg.name, cfg.train.images, state.images_seen)
     pipeline = Pipeline(ema.module, conditioner, autoencoder, description, ranks.device, dtype)
+    draws = cfg.objective.range[1] == 1
+    if not draws:
+        say("trained at low noise alone, it draws nothing by itself: no grids of pictures, and no exam")
     shown = subjects(
         cfg, [caption for row in range(min(len(reader), cfg.sample.count)) for caption in captions_of(reader, row)]
     )
@@ -112,7 +117,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
         ranks.barrier()
 
     def draw() -> None:
-        if ranks.main:
+        if ranks.main and draws:
             path = f"samples/{state.images_seen:09d}.png"
             journal.write(
                 "sample",
@@ -200,7 +205,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             break
 
     result: dict[str, Any] = {}
-    if state.images_seen >= cfg.train.images and ranks.main and cfg.evaluate.count and cfg.data.exam:
+    if state.images_seen >= cfg.train.images and ranks.main and draws and cfg.evaluate.count and cfg.data.exam:
         path = cfg.folder / "evaluation.json"
         result = take_exam(pipeline, cfg)
         journal.write("eval", state.images_seen, result)
@@ -242,6 +247,12 @@ def check_autoencoder(cfg: RunConfig, reader: ShardReader, digest: str) -> None:
 
 def check_text(cfg: RunConfig, text: TextEncoders | None, reader: ShardReader) -> None:
     """Refuse encoders whose states are not what the denoiser reads, or not what the shards hold."""
+    shares, encoders = cfg.train.encoder_dropout, len(text.encoders) if text else 0
+    if shares and len(shares) != encoders:
+        raise ValueError(
+            f"train.encoder_dropout={shares} has {len(shares)} shares, but there are {encoders} text encoders; give one"
+            " share for each, or [] for none"
+        )
     if text is None or cfg.text is None:
         return
     for key, width in (("text_dim", text.width), ("pooled_dim", text.pooled_width)):

@@ -45,15 +45,11 @@ def condition(
     drop = uniform(seed, "drop", batch.positions.numpy()) < dropout
     cond = cond.where(torch.from_numpy(drop).to(device), null)
     if encoder_dropout:
-        regions = conditioner.text.regions if conditioner.text else []
-        if len(encoder_dropout) != len(regions):
-            raise ValueError(
-                f"train.encoder_dropout={list(encoder_dropout)} has {len(encoder_dropout)} shares, but there are"
-                f" {len(regions)} text encoders; give one share for each, or [] for none"
-            )
+        assert conditioner.text is not None  # `check_text` has asked for one share each
         streams = enumerate(encoder_dropout)
         drops = [uniform(seed, f"drop/{i}", batch.positions.numpy()) < share for i, share in streams]
-        cond = cond.where_regions(torch.from_numpy(np.stack(drops, 1)).to(device), null, regions)
+        drops = torch.from_numpy(np.stack(drops, 1)).to(device)
+        cond = cond.where_regions(drops, null, conditioner.text.regions)
     cond.size_ids = conditioner.size_ids(batch.sizes.to(device))
     return cond
 

@@ -11,13 +11,14 @@ from typing import Any
 from torch import nn
 
 from diffusion.objective import NetworkTime
-from diffusion.sample import Sampler
+from diffusion.sample import ETA, Sampler
 from diffusion.schedule import Betas, Path
 from inference.description import plain
 from inference.export.scheduler import PREDICTIONS, walked
 from inference.export.single_file import modelspec
 from inference.pipeline import Pipeline
 
+FIRST_ORDER = (Sampler.euler, Sampler.ode_euler, Sampler.ddim, Sampler.ddpm, Sampler.euler_ancestral)
 OBJECTIVE = "triptych.objective"  # a single file's whole objective, as in pipeline.json
 
 
@@ -84,10 +85,13 @@ def departures(pipeline: Pipeline) -> list[str]:
         notes.append(f"guides only at noise times {sampler.interval[0]:g} to {sampler.interval[1]:g}")
     if sampler.rescale:
         notes.append("rescales guidance by the contrast of the clean picture, not of the prediction")
-    if sampler.name is Sampler.ddim and sampler.eta:
-        notes.append(f"adds fresh noise in every step (eta {sampler.eta:g})")
-    if sampler.name is Sampler.heun:
-        notes.append("takes second-order (Heun) steps")
+    eta = ETA.get(sampler.name, 0.0) if sampler.eta is None else sampler.eta
+    if eta:
+        notes.append(f"adds fresh noise in every step (eta {eta:g})")
+    if sampler.name not in FIRST_ORDER:
+        notes.append(f"takes steps of second order or higher ({sampler.name.name})")
+    if sampler.grid not in (None, pipeline.objective.default_grid):
+        notes.append(f"spaces its steps by the grid {sampler.grid.name}")
     if getattr(config, "positions", None) == "centre":
         notes.append(
             f"anchors positions by their centre: the same at {pipeline.description.resolution} px, not at other sizes"

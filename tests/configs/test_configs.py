@@ -53,7 +53,7 @@ BAD = {
     "+model.foo=1": "+foo adds a key that no config has; write it without +",
     "+init.form=x": "init.form is not a key; choose one of init.from",
     "objective.prediction=epps": "objective.prediction=epps is not a choice; choose one of eps, x0, v, flow",
-    "sampler=foo": "sampler=foo is not a choice; choose one of ddim, euler, heun",
+    "sampler=foo": "sampler=foo is not a choice; choose one of ddim, ddpm, dopri5, dpmpp_2m, ",
     "train.images=abc": "train.images=abc does not fit: Value 'abc' of type 'str' could not be converted to Integer",
     "train.batch_size=0": "must be positive; choose larger ones",
     "model.hidden=162": "model.hidden=162 is not a multiple of model.heads=5",

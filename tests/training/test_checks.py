@@ -62,3 +62,14 @@ def test_init_from_nowhere(config, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="holds no whole checkpoint; give a run folder"):
         run(config("stage1", f"init.from={tmp_path / 'nowhere'}"))
+
+
+def test_groups_of_noise_fill_a_micro_batch(config):
+    with pytest.raises(ValueError, match=r"objective.pairing=3 does not divide a micro-batch of 8 images"):
+        run(config("stage3", "objective.pairing=3"))
+
+
+def test_each_encoder_has_a_share_of_dropout(config):
+    for stage, encoders in (("stage1", 0), ("stage2", 2)):
+        with pytest.raises(ValueError, match=rf"encoder_dropout=\[0.5\] has 1 shares, but there are {encoders} text"):
+            run(config(stage, "train.encoder_dropout=[0.5]"))

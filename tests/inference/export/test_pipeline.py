@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from diffusion.objective import NetworkTime, ObjectiveConfig, Prediction
 from diffusion.sample import Sampler
 from diffusion.schedule import Path as NoisePath
-from diffusion.timesteps import TimeLaw
+from diffusion.timesteps import Grid, TimeLaw
 from inference.description import Description, SamplerConfig
 from inference.export.card import model_card, snippet
 from inference.export.pipeline import to_public
@@ -201,6 +201,17 @@ def test_what_is_exported_comes_back(name, encoders, tmp_path):
     torch.testing.assert_close(picture, pipeline.autoencoder.decode(latents), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "objective"), [("sd", V), ("sdxl", EPS), ("sdxl", FLOW_WHOLE), ("dit", EPS)])
+def test_an_exported_folder_opens_as_a_checkpoint_does(name, objective, encoders, tmp_path):
+    pipeline = build(name, objective, encoders)
+    to_public(pipeline).save_pretrained(tmp_path)
+    opened = Pipeline.load(tmp_path, device="cpu")
+    assert opened.name == tmp_path.name and len(opened.model_hash()) == 10
+    subject = {"class_ids": [3]} if name == "dit" else {"prompts": ["a red circle"]}
+    ours, theirs = (one.generate(**subject, sampler=pipeline.description.sampler) for one in (pipeline, opened))
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
 @pytest.mark.parametrize("objective", [EPS, FLOW], ids=["eps", "flow"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_card_runs(name, objective, encoders, tmp_path):
@@ -223,6 +234,10 @@ def test_the_card_says_what_spaces_our_steps(encoders):
     shifted = build("sd", replace(EPS, shift=2.0), encoders)
     assert "spaces its steps with a shift of 2" in model_card(shifted, to_public(shifted), "Shapes")
     plain = build("sd", EPS, encoders)
+    plain.description.sampler = SamplerConfig(name=Sampler.unipc, grid=Grid.karras)
+    card = model_card(plain, to_public(plain), "Shapes")
+    assert "steps of second order or higher (unipc)" in card and "by the grid karras" in card
+    plain.description.sampler = SamplerConfig(grid=Grid.trailing)
     assert "What Triptych's sampler does" not in model_card(plain, to_public(plain), "Shapes")
 
 
