@@ -256,6 +256,7 @@ def dopri5(
     `tolerance` is absolute and relative, of the root mean square over the whole batch.
     """
     start, *marks = [t for t, _ in _intervals(times)]
+    z = z.to(torch.promote_types(z.dtype, torch.float32))  # whose steps are smaller than bfloat16 can tell
     end = float(times[-1]) or min(_LAST, *marks[-1:], start / 2)
     done = 0
 
