@@ -124,11 +124,12 @@ def whole_step() -> Row:
 def main() -> None:
     """Measure, print, write. A ratio above 1 is in our favour, in time as in memory."""
     from benchmarks.networks import networks
+    from benchmarks.sampling import sampling
 
     parts: list[Callable[[], Row]] = [optimizer, average, reading, start_up, whole_step]
     rows = []
     print(f"{'':48}{'ours':>12}{'usual':>12}{'usual/ours':>12}")
-    for row in chain((part() for part in parts), networks()):
+    for row in chain((part() for part in parts), networks(), sampling()):
         print(
             f"{row.name:48}{row.ours:>8.1f} {row.unit:3}{row.usual:>8.1f} {row.unit:3}{row.ratio:>11.2f}x", flush=True
         )

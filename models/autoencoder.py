@@ -68,12 +68,13 @@ class Autoencoder(nn.Module):
         z = (latents / self.scale + self.shift).to(self.module.dtype)
         return self.config.require_finite(self.module.decode(z).sample.float(), "pixels").clamp(-1, 1)
 
-    def tile(self) -> None:
-        """From now on decode and encode large pictures in overlapping tiles: less memory, and faint seams.
+    def tile(self, side: int = 512) -> None:
+        """From now on encode and decode in overlapping tiles of `side` pixels, where a picture is larger: less memory.
 
-        Each tile has statistics of its own in GroupNorm, so the picture changes a little.
+        Each tile has statistics of its own in the decoder's GroupNorm, so the picture changes a little.
         """
         self.module.enable_tiling()
+        self.module.tile_sample_min_size, self.module.tile_latent_min_size = side, side // self.factor
 
     def info(self) -> dict[str, Any]:
         """What a shard or checkpoint must say of the latents it holds; `id` is a digest of the weights."""

@@ -38,6 +38,16 @@ def test_latents_have_about_unit_variance_and_are_not_clamped(vae):
     assert latents.abs().max() > 2
 
 
+def test_tiles_change_large_pictures_a_little_and_small_ones_not_at_all():
+    vae, (_, x) = AutoencoderConfig(path="assets/shapes").build(), pictures(1, 256)
+    small, large = pictures(1, 128)[1], vae.encode(x)
+    whole, untiled = vae.decode(large), vae.decode(vae.encode(small))
+    vae.tile(128)
+    assert torch.equal(vae.decode(vae.encode(small)), untiled)
+    apart = (vae.decode(large) - whole).abs()
+    assert 0 < apart.mean() < 0.03
+
+
 def public(folder, *, channels=4, shift=None, force_upcast=False, variant=None, gain=1.0) -> AutoencoderKL:
     """A small random autoencoder, saved in `folder`/vae."""
     torch.manual_seed(0)
