@@ -188,6 +188,10 @@ class Pipeline:
         for name, given in (("seeds", seeds), ("negative", negatives)):
             if len(given) != count:
                 raise ValueError(f"{name} has {len(given)} entries for {count} pictures; give one a picture")
+        shares = {"handover": handover, "denoising_start": denoising_start, "denoising_end": denoising_end}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share} is a share of the steps; choose 0 to 1")
         sampler = sampler or self.description.sampler
         size = size or (self.description.resolution, self.description.resolution)
         shape = self._latent_shape(size)

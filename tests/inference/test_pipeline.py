@@ -327,6 +327,7 @@ def test_wrong_questions_get_the_way_out(pipeline, fast, given, mask, tmp_path):
         ({"seeds": [1, 2]}, "seeds has 2 entries for 1 pictures"),
         ({"negative": ["a", "b"]}, "negative has 2 entries for 1 pictures"),
         ({"image": given, "strength": 1.5}, "strength=1.5 is a share of the steps"),
+        ({"refiner": pipeline, "handover": 1.5}, "handover=1.5 is a share of the steps; choose 0 to 1"),
         ({"image": given[:64], "size": (128, 128)}, r"the picture to draw over is uint8 of shape \(64, 128, 3\); give"),
         ({"mask": mask}, "a mask says where to paint on a picture, and there is none"),
         ({"image": given, "mask": mask[:64]}, r"the mask has the shape \(64, 128\), but the picture \(128, 128\)"),
