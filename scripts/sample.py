@@ -11,6 +11,7 @@ prompt in each line or, named .jsonl, an object: prompt or class_id, and negativ
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -27,6 +28,7 @@ SAMPLER_KEYS = ("steps", "guidance", "negative_scale", "rescale", "interval", "e
 def main() -> None:
     """Parse, draw, save PNGs; a user's error ends it with one sentence."""
     options = parser().parse_args()
+    gc.disable()  # until all is loaded: of what imports make, nothing is garbage
     try:
         failed = draw(options)
     except ValueError as error:
@@ -112,6 +114,7 @@ def draw(options: argparse.Namespace) -> list[str]:
     loras = [parse_lora(text) for text in options.lora]
     pipeline = Pipeline.load(options.checkpoint, loras=loras, **machine)
     refiner = Pipeline.load(options.refiner, **machine) if options.refiner else None
+    gc.enable()
     pipeline.attention_slices, pipeline.together = options.attention_slices, not options.one_branch_at_a_time
     if options.vae_tiling:
         pipeline.autoencoder.tile()
