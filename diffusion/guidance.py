@@ -58,6 +58,7 @@ def guided(
     weights = [weight for _, weight in positive]
     strong = _complete([scale * weight for weight in weights], pushed)
     plain = _complete(weights, [0.0] * len(pushed)) if scale else strong  # 0 is the unconditional model at all times
+    guiding, neutral = ({i for i, weight in enumerate(used) if _acts(weight)} for used in (strong, plain))  # read once
 
     def run(z: Tensor, t: Tensor, branches: list[int]) -> dict[int, Tensor]:
         nonlocal together
@@ -73,8 +74,8 @@ def guided(
     def guided_denoise(z: Tensor, t: Tensor) -> Tensor:
         inside = (low <= t) & (t <= high)
         some, every = bool(inside.any()), bool(inside.all())
-        used = [strong] * some + [plain] * (not every or (some and rescale > 0))
-        x = run(z, t, [i for i in range(len(conds)) if any(_acts(weights[i]) for weights in used)])
+        wanted = (guiding if some else set()) | (neutral if not every or rescale > 0 else set())
+        x = run(z, t, sorted(wanted))
         if not some:
             return _mix(plain, x)
         x0 = _mix(strong, x)

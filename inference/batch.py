@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.sample import Sampler
 from inference.picture import Settings, fingerprint, fit
-from inference.pipeline import Pipeline
+from inference.pipeline import HANDOVER, Pipeline
 
 Outcome = tuple[Settings, np.ndarray | ValueError]
 
@@ -31,12 +31,12 @@ def draw_all(
     """
     for group in _alike(wanted, batch_size):
         known = _known(pipeline, group[0], image, mask, refiner)
+        group = [replace(settings, **known) for settings in group]
         try:
             pictures: Sequence[np.ndarray | ValueError] = _draw(pipeline, group, image, mask, refiner, progress)
         except ValueError as error:
             pictures = [error] if len(group) == 1 else _one_by_one(pipeline, group, image, mask, refiner, progress)
-        for settings, picture in zip(group, pictures, strict=True):
-            yield replace(settings, **known), picture
+        yield from zip(group, pictures, strict=True)
 
 
 def _draw(
@@ -44,8 +44,8 @@ def _draw(
     refiner: Pipeline | None, progress: Callable[[int, int, Tensor], object] | None,
 ) -> list[np.ndarray]:  # fmt: skip
     first = group[0]
-    height, width = first.size or [pipeline.description.resolution] * 2
-    size = height, width
+    assert first.size is not None  # `_known` has said it
+    size = first.size[0], first.size[1]
     by_class = first.class_id is not None
     pictures = pipeline.generate(
         None if by_class else [settings.prompt for settings in group],
@@ -58,7 +58,7 @@ def _draw(
         mask=None if mask is None else fit(mask, size),
         strength=first.strength,
         refiner=refiner,
-        handover=0.8 if first.handover is None else first.handover,
+        handover=HANDOVER if first.handover is None else first.handover,
         progress=None if progress is None else lambda step, z, x0: progress(len(group), step, x0),
     )
     return list(pictures)
@@ -105,5 +105,5 @@ def _known(
         "image": None if image is None else fingerprint(image),
         "mask": None if mask is None else fingerprint(mask),
         "refiner": refiner.name if refiner else None,
-        "handover": (0.8 if settings.handover is None else settings.handover) if refiner else None,
+        "handover": (HANDOVER if settings.handover is None else settings.handover) if refiner else None,
     }

@@ -33,6 +33,7 @@ from models.layers import sliced_attention
 from models.text import Conditioner
 from models.weights import load_denoiser, locate
 
+HANDOVER = 0.8  # SDXL's share of the steps before its refiner's
 MOST_PIXELS = 2**20  # that the autoencoder decodes at once
 PREVIEW_CELLS = 32  # a side, at most, of the latents that a preview decodes
 
@@ -131,7 +132,7 @@ class Pipeline:
         mask: np.ndarray | None = None,
         strength: float = 1.0,
         refiner: "Pipeline | None" = None,
-        handover: float = 0.8,
+        handover: float = HANDOVER,
         progress: Callable[[int, Tensor, Tensor], object] | None = None,
     ) -> np.ndarray:
         """Draw one picture for each prompt, or for each class: (b, height, width, 3) uint8.
@@ -170,7 +171,7 @@ class Pipeline:
         mask: np.ndarray | None = None,
         strength: float = 1.0,
         refiner: "Pipeline | None" = None,
-        handover: float = 0.8,
+        handover: float = HANDOVER,
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
         z: Tensor | None = None,
@@ -206,8 +207,9 @@ class Pipeline:
                 return known
             raise ValueError(f"denoising_start={denoising_start} leaves no step before {denoising_end}; choose less")
         self._require_range(times[first], begins=known is None and z is None)
+        turn = float(times[round(handover * steps)])
         if refiner:
-            refiner._join(self, times[round(handover * steps)])
+            refiner._join(self, turn)
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -218,10 +220,7 @@ class Pipeline:
         self.evaluations = 0
         denoise = self._denoise(prompts, class_ids, negatives, sampler, size, times)
         if refiner:
-            denoise = _in_turn(
-                denoise, refiner._denoise(prompts, class_ids, negatives, sampler, size, times),
-                float(times[min(round(handover * steps), steps)]),
-            )  # fmt: skip
+            denoise = _in_turn(denoise, refiner._denoise(prompts, class_ids, negatives, sampler, size, times), turn)
         if z is None:
             fresh, t = noise(), float(times[first])
             noised = fresh if known is None else (1 - t) * known + t * fresh
@@ -349,16 +348,16 @@ class Pipeline:
                 f" {float(t):.3g}; draw over a picture with less strength, or give it as the refiner of another"
             )
 
-    def _join(self, base: "Pipeline", t: Tensor) -> None:
+    def _join(self, base: "Pipeline", t: float) -> None:
         """Make ready to go on where `base` is at time t."""
         if self.autoencoder.digest != base.autoencoder.digest:
             raise ValueError(
                 f"the refiner {self.name} was trained with the autoencoder {self.description.vae.path}, the base"
                 f" {base.name} with {base.description.vae.path}; a refiner goes on with the same latents"
             )
-        if float(t) > (top := self.objective.t_max) + 1e-6:
+        if t > (top := self.objective.t_max) + 1e-6:
             raise ValueError(
-                f"the refiner {self.name} would take over at noise time {float(t):.3g}, but was trained up to"
+                f"the refiner {self.name} would take over at noise time {t:.3g}, but was trained up to"
                 f" {top:.3g}; choose a later handover, nearer to 1"
             )
         self.evaluations = 0
