@@ -23,21 +23,24 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def rows(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
-    """Records (b,) of a set of `n` that the positions (b,) show: position p is slot p % n of epoch p // n."""
+def rows(seed: int, positions: np.ndarray, n: int, name: str = "") -> np.ndarray:
+    """Records (b,) of a list of `n` that the positions (b,) show: position p is slot p % n of epoch p // n.
+
+    Lists of other names are shuffled independently.
+    """
     epochs, slots = np.divmod(np.asarray(positions, np.int64), n)
     found = np.empty_like(slots)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        found[here] = order(seed, int(epoch), n)[slots[here]]
+        found[here] = order(seed, int(epoch), n, name)[slots[here]]
     return found
 
 
-@lru_cache(maxsize=2)  # a batch may lie across two epochs
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The permutation (n,) in which an epoch shows `n` records; read-only, the last two are kept."""
-    keys = _bits(seed, f"order/{epoch}", np.arange(n))
-    permutation = np.argsort(keys, kind="stable")
+@lru_cache(maxsize=256)  # of each list two: a batch may lie across two epochs
+def order(seed: int, epoch: int, n: int, name: str = "") -> np.ndarray:
+    """The permutation (n,) in which an epoch shows `n` records; read-only, the last ones are kept."""
+    keys = _bits(seed, f"order/{name}/{epoch}" if name else f"order/{epoch}", np.arange(n))
+    permutation = np.argsort(keys, kind="stable").astype(np.int32 if n < 2**31 else np.int64)
     permutation.flags.writeable = False
     return permutation
 

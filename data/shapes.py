@@ -224,8 +224,8 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 # --- captions ---------------------------------------------------------------------------------------------
 
 
-def captions(scene: Scene, seed: int, index: int) -> list[str]:
-    """Four captions from short to full, each in a wording drawn from `(seed, index)`."""
+def captions(scene: Scene, seed: int, index: int) -> dict[str, str]:
+    """Four captions by name, short, medium, long and full, each in a wording drawn from `(seed, index)`."""
     draw = _Draw(seed + 1_000_003, index)
     opening = draw.choice(("", "a picture of ", "an image of ", "a drawing of "))
     ground = draw.choice((" on a {} background", " against a {} background", ", {} background"))
@@ -235,19 +235,19 @@ def captions(scene: Scene, seed: int, index: int) -> list[str]:
         where = draw.choice((" at the {}", " in the {}")).format(scene.place)
         if scene.place == "centre":
             where = " in the centre"
-        return [
-            f"{opening}{_noun(first)}",
-            f"{opening}{_noun(first)}{ground}",
-            f"{opening}{_noun(first, sized=True)}{where}",
-            f"{opening}{_noun(first, sized=True)}{where}{ground}",
-        ]
+        return {
+            "short": f"{opening}{_noun(first)}",
+            "medium": f"{opening}{_noun(first)}{ground}",
+            "long": f"{opening}{_noun(first, sized=True)}{where}",
+            "full": f"{opening}{_noun(first, sized=True)}{where}{ground}",
+        }
     between = draw.choice((" {} ", " that is {} ", " placed {} ")).format(scene.relation)
-    return [
-        f"{opening}{_noun(first)} and {_noun(rest[0])}",
-        f"{opening}{_noun(first)}{between}{_noun(rest[0])}",
-        f"{opening}{_noun(first)}{between}{_noun(rest[0])}{ground}",
-        f"{opening}{_noun(first, sized=True)}{between}{_noun(rest[0], sized=True)}{ground}",
-    ]
+    return {
+        "short": f"{opening}{_noun(first)} and {_noun(rest[0])}",
+        "medium": f"{opening}{_noun(first)}{between}{_noun(rest[0])}",
+        "long": f"{opening}{_noun(first)}{between}{_noun(rest[0])}{ground}",
+        "full": f"{opening}{_noun(first, sized=True)}{between}{_noun(rest[0], sized=True)}{ground}",
+    }
 
 
 def prompt(scene: Scene) -> str:

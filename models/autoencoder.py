@@ -59,8 +59,14 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(b, 3, h, w) in [-1, 1] -> the posterior's mean, normalised: (b, c, h/factor, w/factor) float32."""
-        mean = self.module.encode(pixels.to(self.module.dtype)).latent_dist.mean.float()
-        return self.config.require_finite((mean - self.shift) * self.scale, "latents")
+        return self.moments(pixels)[0]
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, 3, h, w) in [-1, 1] -> the posterior's mean and deviation, normalised: (b, c, h/factor, w/factor)."""
+        posterior = self.module.encode(pixels.to(self.module.dtype)).latent_dist
+        mean = (posterior.mean.float() - self.shift) * self.scale
+        return self.config.require_finite(mean, "latents"), posterior.std.float() * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

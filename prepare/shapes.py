@@ -4,7 +4,6 @@ Record i holds scene i of the seed, so the shards can be made again, to the byte
 Pictures of one thing carry its colour and shape as a class label.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,9 @@ import numpy as np
 import torch
 
 from data import shapes
-from data.shards import ShardReader, ShardWriter
+from data.reader import ShardReader
+from data.shards import ShardWriter
+from prepare.texts import TextEncoders, add_texts, digest, text_layout
 
 
 class Autoencoder(Protocol):
@@ -24,13 +25,6 @@ class Autoencoder(Protocol):
 
     def encode(self, pixels: torch.Tensor, /) -> torch.Tensor: ...
     def info(self) -> dict[str, Any]: ...
-
-
-class TextEncoders(Protocol):
-    """What is needed of `models.text.TextEncoders`."""
-
-    def encode(self, captions: list[str], /) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]: ...
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
 
 
 def prepare_shapes(
@@ -68,24 +62,25 @@ def prepare_shapes(
         "resolution": resolution,
         "seed": seed,
         "two": two,
-        "text_states": _digest(text) if text else None,
+        "text_states": digest(text) if text else None,
     }
     info = json.loads(json.dumps(vae.info()))  # as it will be read back
     if not overwrite and _is_prepared(Path(out), recipe, info):
         return False
     extra = {"recipe": recipe, "num_classes": shapes.NUM_CLASSES if two == 0 else None}
-    with ShardWriter(out, resolution=resolution, vae=info, extra=extra, overwrite=overwrite) as writer:
+    layout = text_layout(text, "float16") if text else None
+    with ShardWriter(out, resolution=resolution, vae=info, text=layout, extra=extra, overwrite=overwrite) as writer:
         for first in range(0, num_images, batch):
             indices = range(first, min(first + batch, num_images))
-            for record, arrays in _encoded(indices, resolution, seed, two, vae, text, device):
-                writer.add(record, **arrays)
+            _add(writer, indices, resolution, seed, two, vae, text, device)
             if progress:
                 progress(indices.stop)
     return True
 
 
 @torch.inference_mode()
-def _encoded(
+def _add(
+    writer: ShardWriter,
     indices: range,
     resolution: int,
     seed: int,
@@ -93,25 +88,17 @@ def _encoded(
     vae: Autoencoder,
     text: TextEncoders | None,
     device: torch.device | str,
-) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """Records and arrays of the scenes with the given indices, encoded as one batch."""
+) -> None:
+    """Write the scenes with the given indices, encoded as one batch."""
     scenes = [shapes.scene(seed, index, two=two) for index in indices]
     pictures = np.stack([shapes.render(scene, resolution) for scene in scenes])
     pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 127.5 - 1
-    arrays = {"latent": vae.encode(pixels)}
+    latents = vae.encode(pixels).cpu().numpy()
     captions = [shapes.captions(scene, seed, index) for scene, index in zip(scenes, indices, strict=True)]
+    for index, scene, latent, named in zip(indices, scenes, latents, captions, strict=True):
+        writer.add({"index": index, "captions": named} | _label(scene), latent=latent)
     if text:
-        states = text.encode([caption for four in captions for caption in four])
-        named = zip(("text", "mask", "pooled"), states, strict=True)  # without a mask or a projection, there is None
-        arrays |= {name: array.unflatten(0, (len(scenes), -1)) for name, array in named if array is not None}
-    rows = {name: array.cpu().numpy() for name, array in arrays.items()}
-    return [
-        (
-            {"index": index, "captions": captions[i]} | _label(scenes[i]),
-            {name: array[i] for name, array in rows.items()},
-        )
-        for i, index in enumerate(indices)
-    ]
+        add_texts(writer, text, [caption for named in captions for caption in named.values()])
 
 
 def _label(scene: shapes.Scene) -> dict[str, int]:
@@ -132,11 +119,3 @@ def _is_prepared(out: Path, recipe: dict[str, Any], info: dict[str, Any]) -> boo
                 "choose another --out, or pass --overwrite to replace it"
             )
     return True
-
-
-def _digest(module: TextEncoders) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

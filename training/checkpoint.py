@@ -45,6 +45,7 @@ class TrainState:
     images_seen: int = 0
     step: int = 0
     skipped: int = 0  # updates dropped for a non-finite gradient
+    damaged: int = 0  # images that could not be read
     seconds: float = 0.0
 
 

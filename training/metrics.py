@@ -41,8 +41,8 @@ class LossSums:
     """Weighted and unweighted loss, and the unweighted one by tenth of the noise time, since the last read."""
 
     def __init__(self, device: torch.device):
-        # rows: weighted sum, unweighted sum, count, gradient norm sum, skipped, steps; then sums and counts by bin
-        self._sums = torch.zeros(6 + 2 * BINS, device=device)
+        # weighted sum, unweighted sum, count, gradient norm sum, skipped, steps, damaged; then sums and counts by bin
+        self._sums = torch.zeros(7 + 2 * BINS, device=device)
 
     def add_losses(self, weighted: Tensor, unweighted: Tensor, times: Tensor) -> None:
         """One micro-batch: three vectors (b,)."""
@@ -50,8 +50,12 @@ class LossSums:
         self._sums[0] += weighted.sum()
         self._sums[1] += unweighted.sum()
         self._sums[2] += len(times)
-        self._sums[6 : 6 + BINS].index_add_(0, bins, unweighted)
-        self._sums[6 + BINS :].index_add_(0, bins, torch.ones_like(unweighted))
+        self._sums[7 : 7 + BINS].index_add_(0, bins, unweighted)
+        self._sums[7 + BINS :].index_add_(0, bins, torch.ones_like(unweighted))
+
+    def add_damaged(self, count: int) -> None:
+        """So many images of a micro-batch could not be read, and taught nothing."""
+        self._sums[6] += count
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
         """One optimizer step: the gradient's norm before clipping, and 1.0 if it was skipped."""
@@ -64,13 +68,14 @@ class LossSums:
         total = ranks.sum(self._sums.clone()).tolist()
         self._sums.zero_()
         count, steps = max(total[2], 1), max(total[5], 1)
-        sums, counts = total[6 : 6 + BINS], total[6 + BINS :]
+        sums, counts = total[7 : 7 + BINS], total[7 + BINS :]
         return {
             "loss": total[0] / count,
             "loss_unweighted": total[1] / count,
             "loss_bins": [value / number if number else None for value, number in zip(sums, counts, strict=True)],
             "grad_norm": total[3] / steps,
             "skipped": round(total[4] / ranks.world),
+            "damaged": round(total[6]),
         }
 
 

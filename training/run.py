@@ -4,6 +4,7 @@ batch -> losses -> backward (once per optimizer step over all ranks) -> clip, st
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ import yaml
 from torch import nn
 
 from data.loader import Batch, Batches, open_shards
-from data.shards import ShardReader
+from data.reader import ShardReader
 from diffusion.objective import Objective
 from inference.description import Description, plain
 from inference.device import precision
@@ -40,7 +41,7 @@ from training.speed import (
     compile_denoiser,
     compile_seconds,
 )
-from training.step import condition, losses
+from training.step import clean, condition, losses
 
 
 def run(cfg: RunConfig) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def run(cfg: RunConfig) -> dict[str, Any]:
 def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     micro_batch = cfg.train.micro_batch_of(ranks.world)
     check_pairing(micro_batch, cfg.objective.pairing)
-    reader = open_data(cfg, ranks)
+    sets = open_data(cfg, ranks)
     dtype = precision(cfg.train.precision, ranks.device)
     masked = cfg.model.condition == "text" and cfg.text is not None and cfg.text.masked
     check_attention(cfg.train.attention, ranks.device, dtype, masked)
@@ -64,10 +65,10 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
     torch.manual_seed(cfg.seed)
     text = cfg.text.build().to(ranks.device) if cfg.text and cfg.model.condition == "text" else None
-    check_text(cfg, text, reader)
+    check_text(cfg, text, sets)
     conditioner = Conditioner(text, getattr(cfg.model, "num_classes", None), getattr(cfg.model, "vector_dim", 0))
     autoencoder = cfg.vae.build().to(ranks.device)
-    check_autoencoder(cfg, reader, autoencoder.info()["id"])
+    check_autoencoder(cfg, sets, autoencoder.info()["id"])
     denoiser: Any = cfg.model.build().to(ranks.device)
     denoiser.checkpoint(cfg.train.checkpointing, cfg.train.checkpoint_every)
     if cfg.train.channels_last:
@@ -95,7 +96,8 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             ema = EMA(denoiser, cfg.ema)
         else:
             say(f"{cfg.name} starts from scratch")
-    say(f"{sum(p.numel() for p in denoiser.parameters()):,} parameters, {len(reader):,} records, {ranks.world} ranks")
+    records = sum(map(len, sets))
+    say(f"{sum(p.numel() for p in denoiser.parameters()):,} parameters, {records:,} records, {ranks.world} ranks")
 
     if ranks.main:
         cfg.folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     if not draws:
         say("trained at low noise alone, it draws nothing by itself: no grids of pictures, and no exam")
     shown = subjects(
-        cfg, [caption for row in range(min(len(reader), cfg.sample.count)) for caption in captions_of(reader, row)]
+        cfg, [caption for row in range(min(len(sets[0]), cfg.sample.count)) for caption in captions_of(sets[0], row)]
     )
 
     def save() -> None:
@@ -138,7 +140,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     stop = min(cfg.train.images, cfg.train.stop_at or cfg.train.images)
     batches = iter(
         Batches(
-            cfg.data, reader, cfg.seed, start=state.images_seen, stop=stop,
+            cfg.data, sets, cfg.seed, start=state.images_seen, stop=stop,
             batch_size=cfg.train.batch_size, micro_batch=micro_batch, rank=ranks.rank, world=ranks.world,
         ).loader()
     )  # fmt: skip
@@ -152,12 +154,15 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
                     cond = condition(
                         batch, conditioner, cfg.train.text_dropout, cfg.seed, ranks.device, cfg.train.encoder_dropout
                     )
-                    weighted, unweighted, t = losses(
-                        wrapped, objective, batch.latents, cond, batch.positions, cfg.seed, cfg.train.batch_size
-                    )
+                    x0 = clean(batch, cfg.seed)
+                    found = losses(wrapped, objective, x0, cond, batch.positions, cfg.seed, cfg.train.batch_size)
+                    weighted, unweighted, t = readable(batch, *found)
                 (weighted.sum() / share).backward()
             sums.add_losses(weighted.detach(), unweighted, t)
-            work.add(batch.latents, cond)
+            if batch.damaged:
+                sums.add_damaged(len(batch.damaged))
+                print("\n".join(batch.damaged), file=sys.stderr)
+            work.add(x0, cond)
         lr = learning_rate(cfg.optim, state.images_seen, cfg.train.images)
         sums.add_step(*guarded_step(optimizer, free, lr, cfg.optim.clip))
         ema.update(denoiser, state.images_seen, cfg.train.batch_size)
@@ -174,6 +179,7 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             values = sums.read(ranks)
             state.seconds += now - clock
             state.skipped += values["skipped"]
+            state.damaged += values["damaged"]
             elapsed = max(now - clock, 1e-9)
             tflops = work.read() / elapsed / 1e12
             about = {
@@ -196,6 +202,11 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
                     f" train.max_skipped={cfg.train.max_skipped}; lower optim.lr and start the same command again:"
                     f" it continues from the newest checkpoint in {checkpoints}"
                 )
+            if state.damaged > cfg.data.max_damaged:
+                raise ValueError(
+                    f"{state.damaged} records were damaged, over data.max_damaged={cfg.data.max_damaged}; the lines"
+                    " above name them: copy those shards again, and start the same command again"
+                )
         if due(cfg.sample.every, cfg.sample.first) or finished:
             draw()
         if due(cfg.checkpoint.every) or finished or leaving:
@@ -215,11 +226,11 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     return result
 
 
-def open_data(cfg: RunConfig, ranks: Ranks) -> ShardReader:
-    """The shards, after checking that this model can read them; nothing has been built yet."""
+def open_data(cfg: RunConfig, ranks: Ranks) -> list[ShardReader]:
+    """The data sets, after checking that this model can read them; nothing has been built yet."""
     num_classes = getattr(cfg.model, "num_classes", None)
-    reader = open_shards(cfg.data, num_classes=num_classes, verify=cfg.data.verify and ranks.main)
-    vae = reader.index["vae"]
+    sets = open_shards(cfg.data, num_classes=num_classes, verify=cfg.data.verify and ranks.main)
+    vae = sets[0].index["vae"]
     unit = vae["factor"] * cfg.model.patch_size
     if cfg.data.resolution % unit:
         raise ValueError(
@@ -227,25 +238,33 @@ def open_data(cfg: RunConfig, ranks: Ranks) -> ShardReader:
             f" {vae['factor']} times model.patch_size={cfg.model.patch_size};"
             f" choose {max(unit, cfg.data.resolution // unit * unit)}"
         )
+    for reader in sets:
+        for bucket in reader.buckets:
+            if bucket.height % unit or bucket.width % unit:
+                raise ValueError(
+                    f"{reader.folder} holds pictures of {bucket.height}x{bucket.width}, but sides must be multiples of"
+                    f" {unit}, the autoencoder's factor {vae['factor']} times model.patch_size={cfg.model.patch_size};"
+                    f" prepare it with encode.step={unit} or a multiple of it"
+                )
     if cfg.model.in_channels != vae["channels"]:
         raise ValueError(
-            f"model.in_channels={cfg.model.in_channels}, but the latents of {cfg.data.path} have"
+            f"model.in_channels={cfg.model.in_channels}, but the latents of {sets[0].folder} have"
             f" {vae['channels']} channels; give model.in_channels={vae['channels']}"
         )
-    return reader
+    return sets
 
 
-def check_autoencoder(cfg: RunConfig, reader: ShardReader, digest: str) -> None:
+def check_autoencoder(cfg: RunConfig, sets: list[ShardReader], digest: str) -> None:
     """Refuse to decode with another autoencoder than the one that encoded."""
-    if digest != reader.index["vae"]["id"]:
+    vae = sets[0].index["vae"]
+    if digest != vae["id"]:
         raise ValueError(
-            f"vae.path={cfg.vae.path} has the digest {digest}, but the latents of {cfg.data.path} were made with"
-            f" {reader.index['vae']['path']}, digest {reader.index['vae']['id']};"
-            " give that one or prepare the data again"
+            f"vae.path={cfg.vae.path} has the digest {digest}, but the latents of {sets[0].folder} were made with"
+            f" {vae['path']}, digest {vae['id']}; give that one or prepare the data again"
         )
 
 
-def check_text(cfg: RunConfig, text: TextEncoders | None, reader: ShardReader) -> None:
+def check_text(cfg: RunConfig, text: TextEncoders | None, sets: list[ShardReader]) -> None:
     """Refuse encoders whose states are not what the denoiser reads, or not what the shards hold."""
     shares, encoders = cfg.train.encoder_dropout, len(text.encoders) if text else 0
     if shares and len(shares) != encoders:
@@ -262,20 +281,29 @@ def check_text(cfg: RunConfig, text: TextEncoders | None, reader: ShardReader) -
             raise ValueError(
                 f"model.{key}={wanted}, but the encoders of text.path={cfg.text.path} give {width or 'none'}; {way}"
             )
-    given = {"text": [text.length, text.width]}
-    given |= {"mask": [text.length]} if cfg.text.masked else {}
-    given |= {"pooled": [text.pooled_width]} if text.pooled_width else {}
-    stored = {name: reader.fields[name]["shape"][1:] for name in ("text", "mask", "pooled") if name in reader.fields}
-    if cfg.data.text_states and stored != given:
+    stored = sets[0].text
+    if not cfg.data.text_states or stored is None:
+        return
+    given = (text.length, text.width, text.pooled_width or 0, cfg.text.masked)
+    held = (stored.length, stored.width, stored.pooled, stored.masked)
+    if held != given:
+        names = "tokens, width, pooled width, masked"
         raise ValueError(
-            f"data.text_states=true, but {cfg.data.path} holds states of {stored}, and the encoders of"
+            f"data.text_states=true, but {sets[0].folder} holds states of {held} ({names}), and the encoders of"
             f" text.path={cfg.text.path} give {given}; set it to false, or prepare the data with these encoders"
         )
 
 
+def readable(batch: Batch, *values: torch.Tensor) -> list[torch.Tensor]:
+    """Values (b,) of the images whose record is whole; a damaged one counts for nothing."""
+    if not batch.damaged:
+        return list(values)
+    return [value[batch.valid.to(value.device)] for value in values]
+
+
 def captions_of(reader: ShardReader, row: int) -> list[str]:
     """The longest caption of a record, as a list of one or none."""
-    return sorted(reader.record(row).get("captions", []), key=len)[-1:]
+    return sorted(reader.record(row)["captions"].values(), key=len)[-1:]
 
 
 def described(cfg: RunConfig) -> dict[str, Any]:

@@ -54,6 +54,14 @@ def condition(
     return cond
 
 
+def clean(batch: Batch, seed: int) -> Tensor:
+    """The latents x0 (b, c, h, w) to learn: the autoencoder's means, or draws from its posterior where it is there."""
+    if batch.std is None:
+        return batch.latents
+    z = noise(seed, batch.positions.numpy(), tuple(batch.std.shape[1:]), batch.std.device, "posterior")
+    return batch.latents + batch.std * z
+
+
 def losses(
     denoiser: nn.Module, objective: Objective, x0: Tensor, cond: Cond, positions: Tensor, seed: int, batch_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:

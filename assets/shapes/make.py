@@ -204,7 +204,7 @@ def train_text(steps: int, batch: int = 96, lr: float = 1e-3, additive: float = 
     from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
-    train_tokenizer([caption for i in range(4000) for caption in shapes.captions(shapes.scene(0, i), 0, i)])
+    train_tokenizer([caption for i in range(4000) for caption in shapes.captions(shapes.scene(0, i), 0, i).values()])
     tokenizer = CLIPTokenizer.from_pretrained(HERE / "tokenizer")
     small, large = new_encoders(len(tokenizer))
     towers = nn.ModuleList([new_image_tower(64), new_image_tower(128)])
@@ -231,7 +231,7 @@ def train_text(steps: int, batch: int = 96, lr: float = 1e-3, additive: float = 
         scenes = [shapes.scene(0, i) for i in indices]
         length = [2, 3, 3, 3][step % 4]  # mostly full captions: short ones fit many pictures of a batch
         varied = [
-            [shapes.captions(other, 0, i)[length] for other in variations(scene, i)]
+            [list(shapes.captions(other, 0, i).values())[length] for other in variations(scene, i)]
             for scene, i in zip(scenes, indices, strict=True)
         ]
         texts, mask = read([captions[corner] for corner in range(4) for captions in varied])

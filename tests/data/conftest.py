@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from data.shards import ShardWriter
+from data.texts import TextLayout
 
 COUNT, CAPTIONS, SHAPE = 37, 3, (2, 4, 4)
+TEXT = TextLayout(dtype="float16", width=5, length=3, masked=True, encoder="fake", pooled=6)
 
 
 def latent(row: int) -> np.ndarray:
@@ -13,14 +15,20 @@ def latent(row: int) -> np.ndarray:
 
 
 def write(folder, count=COUNT, **options):
-    options = {"resolution": 32, "vae": {"id": "fake"}, "extra": {"num_classes": 5}, "shard_size": 10} | options
+    options = {
+        "resolution": 32,
+        "vae": {"id": "fake"},
+        "text": TEXT,
+        "extra": {"num_classes": 5},
+        "shard_size": 10,
+    } | options
     with ShardWriter(folder, **options) as writer:
         for row in range(count):
-            record = {"captions": [f"{row}, caption {i}: ü" for i in range(CAPTIONS)], "class_id": row % 5}
-            text = row + np.arange(CAPTIONS)[:, None, None] / 4 + np.zeros((1, 3, 5))
-            mask = np.arange(3) <= np.arange(CAPTIONS)[:, None]
-            pooled = row + np.arange(CAPTIONS)[:, None] / 4 + np.zeros((1, 6))
-            writer.add(record, latent=latent(row).astype(np.float32), text=text, mask=mask, pooled=pooled)
+            captions = {f"c{i}": f"{row}, caption {i}: ü" for i in range(CAPTIONS)}
+            writer.add({"captions": captions, "class_id": row % 5}, latent=latent(row).astype(np.float32))
+            for i, caption in enumerate(captions.values()):
+                number = row + i / 4
+                writer.add_text(caption, np.full((3, 5), number), np.full(6, number), np.arange(3) <= i)
     return folder
 
 

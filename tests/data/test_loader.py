@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 
 from data import draws
 from data.loader import Batch, Batches, DataConfig, open_shards
-from data.shards import ShardReader, ShardWriter
+from data.reader import ShardReader
+from data.shards import ShardWriter
+from data.texts import TextLayout
 from tests.data.conftest import CAPTIONS, COUNT, latent, write
 
-CONFIG = DataConfig(path="", resolution=32, text_states=True)
+CONFIG = DataConfig(path="set", resolution=32, text_states=True)
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +26,12 @@ def reader(folder):
 
 def read(reader, *, start=0, stop=96, batch_size=12, micro_batch=3, config=CONFIG, seed=1, **processes):
     sizes = {"batch_size": batch_size, "micro_batch": micro_batch}
-    return list(Batches(config, reader, seed, start=start, stop=stop, **sizes, **processes).loader())
+    return list(Batches(config, [reader], seed, start=start, stop=stop, **sizes, **processes).loader())
 
 
 def joined(batches) -> dict:
     """All micro-batches as one, sorted by position."""
-    batches = list(batches)
+    batches = [batch.to("cpu") for batch in batches]
     for batch in batches:  # what padding holds is nobody's business
         if batch.text is not None:
             batch.text = batch.text.masked_fill(~batch.text_mask[..., None], 0)
@@ -37,6 +39,9 @@ def joined(batches) -> dict:
     all_of = {}
     for field in fields(Batch):
         parts = [getattr(batch, field.name) for batch in batches]
+        if field.name == "damaged" or parts[0] is None:
+            assert not any(parts)
+            continue
         if field.name == "captions":
             captions = [caption for part in parts for caption in part]
             all_of["captions"] = [captions[i] for i in turn]
@@ -60,7 +65,10 @@ def shown(batches) -> np.ndarray:
 def test_batches_hold_the_records_of_their_positions(reader):
     for batch in read(reader):
         assert batch.latents.shape == (3, 2, 4, 4)
+        assert batch.latents.dtype == torch.float16
+        batch = batch.to("cpu")
         assert batch.latents.dtype == torch.float32
+        assert batch.valid.all()
         assert batch.class_id.dtype == batch.positions.dtype == torch.int64
         assert (batch.text.dtype, batch.text_mask.dtype, batch.pooled.dtype) == (
             torch.float32,
@@ -73,7 +81,7 @@ def test_batches_hold_the_records_of_their_positions(reader):
         for i, caption in enumerate(batch.captions):  # text states are those of the very caption
             row, pick = int(caption.split(",")[0]), int(caption.split(":")[0][-1])
             assert row == rows[i]
-            assert (batch.text[i] == row + pick / 4).all()
+            assert torch.equal(batch.text[i], (row + pick / 4) * batch.text_mask[i, :, None] * torch.ones(5))
             assert (batch.pooled[i] == row + pick / 4).all()
             assert batch.text_mask[i].tolist() == [j <= pick for j in range(batch.text.shape[1])]
         assert batch.text_mask.any(0).all()  # the padding common to a batch is cut off
@@ -120,7 +128,7 @@ def test_ends_with_a_whole_step(reader):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has cores
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_nothing(reader, workers):
-    config = DataConfig(path="", resolution=32, text_states=True, workers=workers)
+    config = DataConfig(path="set", resolution=32, text_states=True, workers=workers)
     batches = read(reader, config=config)
     assert [b.positions[0].item() for b in batches] == list(range(0, 96, 3))  # in order
     assert_same(joined(batches), joined(read(reader)))
@@ -128,7 +136,7 @@ def test_worker_processes_change_nothing(reader, workers):
 
 @pytest.mark.slow
 def test_spawned_workers_change_nothing(reader):
-    batches = Batches(CONFIG, reader, 1, start=0, stop=24, batch_size=12, micro_batch=3)
+    batches = Batches(CONFIG, [reader], 1, start=0, stop=24, batch_size=12, micro_batch=3)
     spawned = list(DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
     assert_same(joined(spawned), joined(read(reader, stop=24)))
 
@@ -145,12 +153,12 @@ def test_seeds_differ(reader):
 
 
 def test_captions_follow_their_weights(reader):
-    config = DataConfig(path="", resolution=32, caption_weights=[1, 0, 3])
-    batches = Batches(config, reader, 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
+    config = DataConfig(path="set", resolution=32, caption_weights={"c0": 1, "c1": 0, "c2": 3})
+    batches = Batches(config, [reader], 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
     picks = np.bincount([int(c.split(":")[0][-1]) for c in batches[0].captions], minlength=3) / 4000
     assert picks == pytest.approx([0.25, 0, 0.75], abs=0.03)
-    config = DataConfig(path="", resolution=32)
-    batches = Batches(config, reader, 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
+    config = DataConfig(path="set", resolution=32)
+    batches = Batches(config, [reader], 0, start=0, stop=4000, batch_size=4000, micro_batch=4000)
     picks = np.bincount([int(c.split(":")[0][-1]) for c in batches[0].captions], minlength=3) / 4000
     assert picks == pytest.approx(np.full(CAPTIONS, 1 / 3), abs=0.03)
 
@@ -165,9 +173,9 @@ def test_caption_of_a_record_changes_between_epochs(reader):
 
 def test_records_without_class_are_minus_one(tmp_path):
     with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
-        writer.add({"captions": ["a"]}, latent=np.zeros((2, 4, 4)))
-        writer.add({"captions": ["b"], "class_id": 0}, latent=np.zeros((2, 4, 4)))
-    config = DataConfig(path="", resolution=32)
+        writer.add({"captions": {"alt": "a"}}, latent=np.zeros((2, 4, 4)))
+        writer.add({"captions": {"alt": "b"}, "class_id": 0}, latent=np.zeros((2, 4, 4)))
+    config = DataConfig(path="set", resolution=32)
     (batch,) = read(ShardReader(tmp_path), config=config, batch_size=2, micro_batch=2, stop=2)
     assert dict(zip(batch.captions, batch.class_id.tolist(), strict=True)) == {"a": -1, "b": 0}
     assert batch.text is None
@@ -177,8 +185,8 @@ def test_pictures_are_told_their_size(tmp_path):
     told = [{}, {"original_size": [600, 800], "crop": [4, 8]}, {"aesthetic": 4.5}]
     with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
         for i, about in enumerate(told):
-            writer.add({"captions": [str(i)], **about}, latent=np.zeros((2, 4, 4)))
-    (batch,) = read(ShardReader(tmp_path), config=DataConfig(path="", resolution=32), batch_size=3, stop=3)
+            writer.add({"captions": {"alt": str(i)}, **about}, latent=np.zeros((2, 4, 4)))
+    (batch,) = read(ShardReader(tmp_path), config=DataConfig(path="set", resolution=32), batch_size=3, stop=3)
     found = dict(zip(batch.captions, batch.sizes.tolist(), strict=True))
     assert found == {
         "0": [32, 32, 0, 0, 32, 32, 6],
@@ -190,10 +198,11 @@ def test_pictures_are_told_their_size(tmp_path):
 @pytest.mark.parametrize("stored", [{"mask"}, {"pooled"}, {"mask", "pooled"}, set()])
 def test_batches_have_the_text_states_that_are_stored(tmp_path, stored):
     """Mask and pooled are not everyone's; without a mask, all tokens are read."""
-    arrays = {"mask": np.arange(6)[None] < 2, "pooled": np.ones((1, 3))}
-    with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
-        kept = {name: arrays[name] for name in stored}
-        writer.add({"captions": ["a"]}, latent=np.zeros((2, 4, 4)), text=np.ones((1, 6, 5)), **kept)
+    pooled, masked = 3 if "pooled" in stored else 0, "mask" in stored
+    layout = TextLayout(dtype="float16", width=5, length=6, masked=masked, encoder="fake", pooled=pooled)
+    with ShardWriter(tmp_path, resolution=32, vae={}, text=layout) as writer:
+        writer.add({"captions": {"alt": "a"}}, latent=np.zeros((2, 4, 4)))
+        writer.add_text("a", np.ones((6, 5)), np.ones(3) if pooled else None, np.arange(6) < 2 if masked else None)
     (batch,) = read(ShardReader(tmp_path), batch_size=1, micro_batch=1, stop=1)
     assert batch.text.shape == (1, 2 if "mask" in stored else 6, 5)
     assert (batch.text_mask is not None) == ("mask" in stored)
@@ -213,9 +222,14 @@ def test_batch_moves_but_positions_stay(reader):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"caption_weights": [0.0, 0.0]}, r"data.caption_weights=\[0.0, 0.0\] must be at least 0 and not all 0"),
-        ({"caption_weights": [-1.0, 2.0]}, "must be at least 0"),
-        ({"caption_weights": [float("nan")]}, "must be at least 0"),
+        ({"caption_weights": {"a": 0.0, "b": 0.0}}, r"data.caption_weights=\{.*\} has weights that must be at least 0"),
+        ({"caption_weights": {"a": -1.0, "b": 2.0}}, "must be at least 0"),
+        ({"caption_weights": {"a": float("nan")}}, "must be at least 0"),
+        ({"path": None, "mix": {"a": -1.0, "b": 2.0}}, r"data.mix=\{.*\} has weights that must be at least 0"),
+        ({"path": None, "mix": {"a": 0.0, "b": 2.0}}, "a share above 0 of each"),
+        ({"mix": {"a": 1.0}}, r"data.path=set and data.mix=\{'a': 1.0\}: give the folder of one data set"),
+        ({"path": None}, r"data.path=None and data.mix=\{\}: give the folder of one data set"),
+        ({"chunk": 0}, "data.chunk=0 must be positive"),
         ({"resolution": 0}, "data.resolution=0 must be positive"),
         ({"workers": -1}, "data.workers=-1 must be at least 0"),
         ({"exam": "colours"}, "data.exam=colours is unknown; choose shapes"),
@@ -223,7 +237,7 @@ def test_batch_moves_but_positions_stay(reader):
 )
 def test_config_errors(changes, message):
     with pytest.raises(ValueError, match=message):
-        DataConfig(**({"path": "", "resolution": 32} | changes))
+        DataConfig(**({"path": "set", "resolution": 32} | changes))
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(10, 1), (12, 8), (12, 3)])
@@ -233,11 +247,17 @@ def test_batch_that_does_not_divide(reader, batch_size, world):
 
 
 def test_open_shards_checks_what_the_run_needs(folder, tmp_path):
-    config = DataConfig(path=str(folder), resolution=32, caption_weights=[1.0, 1.0, 0.0], text_states=True)
-    assert len(open_shards(config, num_classes=5)) == COUNT
+    config = DataConfig(path=str(folder), resolution=32, caption_weights={"c0": 1.0, "c1": 1.0}, text_states=True)
+    assert [len(reader) for reader in open_shards(config, num_classes=5)] == [COUNT]
     for changes, num_classes, message in [
         ({"resolution": 64}, None, "data.resolution=64, but .* holds pictures of 32"),
-        ({"caption_weights": [1.0]}, None, "data.caption_weights has 1 values, but records of .* have 3 captions"),
+        (
+            {"caption_weights": {"alt": 1.0}},
+            None,
+            "data.caption_weights.alt=1.0, but no record of .* has a caption of that name; there are c0, c1, c2",
+        ),
+        ({"flip": True}, None, "data.flip=true, but .* was prepared without; .* encode.flip=true"),
+        ({"posterior": True}, None, "data.posterior=true, but .* was prepared without; .* encode.std=true"),
         ({}, 4, "has 5 classes, but the model is conditioned on 4 classes"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -250,15 +270,15 @@ def test_open_shards_checks_what_the_run_needs(folder, tmp_path):
 @pytest.mark.parametrize("about", [{"original_size": 64}, {"crop": [1, 2, 3]}, {"aesthetic": None}])
 def test_a_size_that_is_none(tmp_path, about):
     with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
-        writer.add({"captions": ["a"], **about}, latent=np.zeros((2, 4, 4)))
+        writer.add({"captions": {"alt": "a"}, **about}, latent=np.zeros((2, 4, 4)))
     with pytest.raises(ValueError, match=r"a record has original_size, crop and aesthetic .* but they are \[height, w"):
-        read(ShardReader(tmp_path), config=DataConfig(path="", resolution=32), batch_size=1, micro_batch=1, stop=1)
+        read(ShardReader(tmp_path), config=DataConfig(path="set", resolution=32), batch_size=1, micro_batch=1, stop=1)
 
 
 def test_missing_text_states(tmp_path):
     with ShardWriter(tmp_path, resolution=32, vae={}) as writer:
-        writer.add({"captions": ["a"]}, latent=np.zeros((2, 4, 4)))
-    with pytest.raises(ValueError, match=r"data.text_states=true, but .* holds no text states.*--text-states"):
+        writer.add({"captions": {"alt": "a"}}, latent=np.zeros((2, 4, 4)))
+    with pytest.raises(ValueError, match=r"data.text_states=true, but .* holds no text states; set it to false"):
         open_shards(DataConfig(path=str(tmp_path), resolution=32, text_states=True))
 
 
@@ -267,7 +287,7 @@ def test_verify_can_be_left_to_the_first_process(own_folder):
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
-    config = DataConfig(path=str(own_folder), resolution=32)
+    config = DataConfig(path=str(own_folder), resolution=32, verify=True)
     open_shards(config, verify=False)
     with pytest.raises(ValueError, match="00000.tar is damaged"):
         open_shards(config)

@@ -47,7 +47,7 @@ def test_a_shard_with_a_wrong_hash_is_named(config, shards, tmp_path):
     content[1000] ^= 1
     tar.write_bytes(content)
     with pytest.raises(ValueError, match=r"00000.tar is damaged: its SHA-256"):
-        run(config("stage1", f"data.path={copy}"))
+        run(config("stage1", f"data.path={copy}", "data.verify=true"))
     assert not (tmp_path / "run").exists()
 
 

@@ -305,7 +305,7 @@ def captioned(captions: list[str], **stored) -> Batch:
     n = len(captions)
     return Batch(
         latents=torch.zeros(n, 0, 0, 0), captions=captions, class_id=torch.full((n,), -1), positions=torch.arange(n),
-        sizes=torch.zeros(n, 7), **stored,
+        sizes=torch.zeros(n, 7), valid=torch.ones(n, dtype=torch.bool), **stored,
     )  # fmt: skip
 
 
@@ -385,6 +385,7 @@ def test_a_picture_without_its_text_keeps_its_size():
         class_id=torch.tensor([-1, -1]),
         positions=torch.arange(2),
         sizes=sizes,
+        valid=torch.ones(2, dtype=torch.bool),
     )
     cond = condition(batch, conditioner, 1.0, 0, torch.device("cpu"))
     assert torch.equal(cond.text[0], conditioner.null().text[0])
@@ -469,7 +470,7 @@ def test_stored_text_trains_as_encoded_text_does(small, tmp_path, options, overr
 
 def test_stored_text_must_be_the_encoders(small, tmp_path):
     data = prepared(tmp_path / "shapes-128")
-    with pytest.raises(ValueError, match=r"holds states of .*'mask': \[32\].* give \{'text': \[32, 192\], 'pooled': "):
+    with pytest.raises(ValueError, match=r"holds states of \(32, 192, .*, True\) \(tokens, .* give \(32, 192, .*, False\)"):
         run(small(f"data.path={data}", "data.text_states=true", "text.masked=false"))
 
 
@@ -497,6 +498,6 @@ def test_public_encoders_fit_the_public_models(text, model, sizes):
                 config = CLIPTextConfig(hidden_size=width, projection_dim=width, num_hidden_layers=1)
                 found.append((CLIPTextModelWithProjection if projects[name] else CLIPTextModel)(config))
     encoders = TextEncoders(cfg.text, found, found)
-    check_text(cfg, encoders, SimpleNamespace(fields={}))
+    check_text(cfg, encoders, [SimpleNamespace(text=None)])
     ids = Conditioner(encoders, None, getattr(cfg.model, "vector_dim", 0)).size_ids(torch.zeros(1, 7))
     assert sizes == (ids if ids is None else ids.shape[1])
