@@ -10,8 +10,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -57,7 +58,16 @@ def register() -> None:
     store = ConfigStore.instance()
     for path, node in SCHEMAS.items():
         *group, name = f"schema/{path}".split("/")
-        store.store(group="/".join(group), name=name, node=node)
+        store.store(group="/".join(group), name=name, node=structured(node))
+
+
+def structured(node: type) -> DictConfig:
+    """The schema of a dataclass; a field that is a dict, of captions or data sets by name, takes any keys."""
+    schema = OmegaConf.structured(node)
+    for field in fields(node):
+        if get_origin(field.type) is dict:
+            OmegaConf.set_struct(schema._get_node(field.name), False)
+    return schema
 
 
 def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[], None]]:

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ class Tally:
 
     def __post_init__(self):
         self.dropped, self.noted = Counter(self.dropped), Counter(self.noted)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        about = {name: getattr(self, name) for name in self.__slots__}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in about.items()}
 
     def __iadd__(self, other: "Tally") -> "Tally":
         self.given += other.given
@@ -96,7 +101,7 @@ class Part:
             files[suffix] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             sync(path)
             os.replace(path, self.folder / f"{self.name}{suffix}")
-        write_json(self.folder / f"{self.name}.json", asdict(self.tally) | {"files": files})
+        write_json(self.folder / f"{self.name}.json", self.tally.plain() | {"files": files})
         return self.tally
 
     def _given(self) -> None:
@@ -160,7 +165,7 @@ def run_step(
         digest.update((folder / f"{name}.json").read_bytes())
     _check_faults(folder, total, max_faults, 1)
     if rank == 0:
-        about = {"recipe": recipe, "tally": asdict(total), "parts": list(names), "digest": digest.hexdigest()}
+        about = {"recipe": recipe, "tally": total.plain(), "parts": list(names), "digest": digest.hexdigest()}
         write_json(folder / "step.json", about)
     return total
 

@@ -57,7 +57,7 @@ BAD = {
     "train.images=abc": "train.images=abc does not fit: Value 'abc' of type 'str' could not be converted to Integer",
     "train.batch_size=0": "must be positive; choose larger ones",
     "model.hidden=162": "model.hidden=162 is not a multiple of model.heads=5",
-    "data=shards": "data.path must be given; add data.path=... to the command",
+    "data=shards": "data.path=None and data.mix={}: give the folder of one data set",
     "data.path=/nowhere": "data.path=/nowhere does not exist; prepare it with `python scripts/prepare.py shapes`",
     "objective.zero_terminal=true": "objective.prediction=eps says nothing of x0 at t=1",
     "init.mode=best": "init.mode=best is not a choice; choose one of anchor, mean",

@@ -129,13 +129,15 @@ def test_webdataset_reads_the_tars(folder):
 
 
 def test_missing_folder_names_the_command(tmp_path):
-    with pytest.raises(ValueError, match=r"data.path=.*nowhere does not exist.*python scripts/prepare.py"):
+    with pytest.raises(
+        ValueError, match=r"data.path=.*nowhere does not exist.*python scripts/prepare.py shapes`, or as docs/data.md"
+    ):
         ShardReader(tmp_path / "nowhere")
 
 
 def test_missing_index_is_an_unfinished_set(own_folder):
     (own_folder / "index.json").unlink()
-    with pytest.raises(ValueError, match=r"was not finished.*python scripts/prepare.py"):
+    with pytest.raises(ValueError, match=r"was not finished.*python scripts/prepare.py shapes`, or as docs/data.md"):
         ShardReader(own_folder)
 
 
