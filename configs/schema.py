@@ -10,9 +10,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -35,6 +34,9 @@ from models.unet import UNetConfig
 from training.config import RunConfig
 from training.metrics import LoggerConfig
 from training.optim import OptimConfig
+
+if TYPE_CHECKING:
+    from prepare.pipeline import PrepareConfig
 
 CONFIGS = Path(__file__).parent
 SCHEMAS = {
@@ -62,12 +64,19 @@ def register() -> None:
 
 
 def structured(node: type) -> DictConfig:
-    """The schema of a dataclass; a field that is a dict, of captions or data sets by name, takes any keys."""
+    """The schema of a dataclass; its fields that are dicts, of captions or data sets by name, take any key."""
     schema = OmegaConf.structured(node)
-    for field in fields(node):
-        if get_origin(field.type) is dict:
-            OmegaConf.set_struct(schema._get_node(field.name), False)
+    _open_dicts(schema)
     return schema
+
+
+def _open_dicts(schema: DictConfig) -> None:
+    if OmegaConf.get_type(schema) is dict:
+        OmegaConf.set_struct(schema, False)
+    elif not schema._is_none() and not schema._is_missing():
+        for key in schema:
+            if isinstance(below := schema._get_node(key), DictConfig):
+                _open_dicts(below)
 
 
 def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[], None]]:
@@ -108,18 +117,23 @@ def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[]
 
 
 def to_run_config(cfg: DictConfig) -> RunConfig:
-    """The plain dataclasses, whose own checks have run."""
+    """The plain dataclasses of a run, whose own checks have run."""
+    made = to_config(cfg)
+    assert isinstance(made, RunConfig)
+    return made
+
+
+def to_config(cfg: DictConfig) -> Any:
+    """The dataclass of a config in which nothing is missing."""
     if missing := OmegaConf.missing_keys(cfg):
         raise ValueError(f"{', '.join(sorted(missing))} must be given; add {min(missing)}=... to the command")
     try:
-        made = OmegaConf.to_object(cfg)
+        return OmegaConf.to_object(cfg)
     except AttributeError as error:  # a key added with +, which a dataclass with slots has no room for
         key = str(error).rpartition("'")[0].rpartition("'")[2]
         raise ValueError(
             f"+{key} adds a key that no config has; write it without + and spelt as in training/config.py"
         ) from error
-    assert isinstance(made, RunConfig)
-    return made
 
 
 def explain(error: BaseException, config_name: str) -> str:
@@ -168,6 +182,16 @@ def compose_raw(config_name: str, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         return hydra.compose(config_name=config_name, overrides=overrides)
+
+
+def compose_preparation(overrides: list[str]) -> "PrepareConfig":
+    """A preparation's config; its schema is registered here alone, so that training does not import its libraries."""
+    from prepare.pipeline import PrepareConfig
+
+    ConfigStore.instance().store(group="schema", name="prepare", node=structured(PrepareConfig))
+    made = to_config(compose_raw("prepare", overrides))
+    assert isinstance(made, PrepareConfig)
+    return made
 
 
 def compose(config_name: str, overrides: list[str]) -> RunConfig:

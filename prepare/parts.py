@@ -12,6 +12,7 @@ the step was asked to do, and in the end the sum over all parts. A step that was
 lacks; since a part depends on its input and the recipe alone, it ends in the same bytes.
 """
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -20,8 +21,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +33,21 @@ ENOUGH = 200  # rows after which a share of faults says something
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What became of rows: given = kept + dropped. Of those, `noted` were kept and `faults` were not asked for."""
+    """What became of rows: given = kept + dropped; `failed` are those of all that nobody asked for."""
 
     given: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
     noted: Counter[str] = field(default_factory=Counter)  # kept, but with something amiss: by reason
-    faults: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # dropped or noted through a fault: by reason
 
     def __post_init__(self):
-        self.dropped, self.noted = Counter(self.dropped), Counter(self.noted)
+        self.dropped, self.noted, self.failed = Counter(self.dropped), Counter(self.noted), Counter(self.failed)
+
+    @property
+    def faults(self) -> int:
+        """How many rows did not come out as they should have."""
+        return self.failed.total()
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -51,7 +59,7 @@ class Tally:
         self.kept += other.kept
         self.dropped += other.dropped
         self.noted += other.noted
-        self.faults += other.faults
+        self.failed += other.failed
         return self
 
 
@@ -71,24 +79,31 @@ class Part:
             self._suffixes.append(suffix)
         return self.folder / f"{self.name}{suffix}.tmp"
 
-    def keep(self) -> None:
-        """One row goes on to the next step."""
-        self.tally.kept += 1
-        self._given()
+    def keep(self, count: int = 1) -> None:
+        """So many rows go on to the next step."""
+        self.tally.kept += count
+        self._given(count)
 
     def note(self, key: str, reason: str, detail: str = "") -> None:
         """One row goes on, though something that was wanted of it could not be had: a fault."""
         self.tally.noted[reason] += 1
-        self.tally.faults += 1
+        self.tally.failed[reason] += 1
         self._noted.append((key, reason, detail))
         self.keep()
 
     def drop(self, key: str, reason: str, detail: str = "", *, fault: bool = False) -> None:
         """One row ends here. Reasons are few and fixed; `detail` is free. A fault is what nobody wished for."""
         self.tally.dropped[reason] += 1
-        self.tally.faults += fault
+        if fault:
+            self.tally.failed[reason] += 1
         self._dropped.append((key, reason, detail))
-        self._given()
+        self._given(1)
+
+    def drop_all(self, keys: Sequence[str], reasons: Sequence[str]) -> None:
+        """`drop` for many rows at once, none of them a fault and without details."""
+        self.tally.dropped.update(reasons)
+        self._dropped.extend(zip(keys, reasons, repeat(""), strict=False))
+        self._given(len(keys))
 
     def commit(self) -> Tally:
         """Give all files their names, and the part its account."""
@@ -104,10 +119,10 @@ class Part:
         write_json(self.folder / f"{self.name}.json", self.tally.plain() | {"files": files})
         return self.tally
 
-    def _given(self) -> None:
-        self.tally.given += 1
+    def _given(self, count: int) -> None:
+        self.tally.given += count
         if self._tick:
-            self._tick(1)
+            self._tick(count)
 
 
 def run_step(
@@ -116,58 +131,83 @@ def run_step(
     work: Callable[[Part], None],
     *,
     recipe: dict[str, Any],
+    title: str | None = None,
     max_faults: float = 1.0,
     processes: int = 1,
     tick: Callable[[int], None] | None = None,
 ) -> Tally:
     """Make every part of `names` that `folder` lacks, with `work(part)`, and return the sum over all.
 
-    `recipe` is all that the result depends on, in JSON: a folder made by another one is refused. With `processes`
+    `recipe` is all that the result depends on, in JSON: a folder made by another one is refused. `title` is the
+    step's name in what is said to the user, where it is not the folder's. With `processes`
     above 1, `work` must be picklable. Under torchrun each rank makes its share. `tick` is told how many rows were
     done, those found done included. Raises ValueError when more than `max_faults` of the rows are faults; the parts
     that were made stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    title = title or folder.name
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     recipe = json.loads(json.dumps(recipe))
     if not names:
-        raise ValueError(f"{folder.name} has nothing to work on: its input is empty; check source")
-    if _is_finished(folder, recipe):
-        total = Tally(**json.loads((folder / "step.json").read_bytes())["tally"])
+        raise ValueError(f"{title} has nothing to work on: its input is empty; check source.paths")
+    if _is_finished(folder, recipe, title):
+        total = Tally(**finished(folder)["tally"])
         if tick:
             tick(total.given)
         return total
-    if rank == 0:
-        for stale in folder.glob("*.tmp"):
-            if world == 1:
+    with _alone(folder, rank):
+        if rank == 0:
+            for stale in folder.glob("*.tmp") if world == 1 else ():
                 stale.unlink()
-        write_json(folder / "step.json", {"recipe": recipe})
-    total = Tally()
-    missing = []
-    for name in names[rank::world]:
-        if (done := account(folder, name)) is None:
-            missing.append(name)
-        else:
-            total += done
-            if tick:
-                tick(done.given)
-    for tally in _made(folder, missing, work, processes, tick):
-        total += tally
-        _check_faults(folder, total, max_faults, ENOUGH)
-    while world > 1 and any(account(folder, name) is None for name in names):
-        time.sleep(1)  # for the other ranks
-    total = Tally()
-    digest = hashlib.sha256()
+            write_json(folder / "step.json", {"recipe": recipe})
+        total, missing = Tally(), []
+        for name in names[rank::world]:
+            if (done := account(folder, name)) is None:
+                missing.append(name)
+            else:
+                total += done
+                if tick:
+                    tick(done.given)
+        for tally in _made(folder, missing, work, processes, tick):
+            total += tally
+            _check_faults(folder, title, total, max_faults, ENOUGH)
+        if rank == 0:
+            _conclude(folder, names, recipe, title, max_faults)
+        while not _is_finished(folder, recipe, title):  # for the first rank; when one fails, torchrun ends all
+            time.sleep(0.2)
+    return Tally(**finished(folder)["tally"])
+
+
+def _conclude(folder: Path, names: Sequence[str], recipe: dict[str, Any], title: str, max_faults: float) -> None:
+    """Sum up all parts, which other ranks may still be making, and write that down."""
+    total, digest = Tally(), hashlib.sha256()
     for name in names:
-        done = account(folder, name)
-        assert done is not None
+        while (done := account(folder, name)) is None:
+            time.sleep(0.2)
         total += done
         digest.update((folder / f"{name}.json").read_bytes())
-    _check_faults(folder, total, max_faults, 1)
-    if rank == 0:
-        about = {"recipe": recipe, "tally": total.plain(), "parts": list(names), "digest": digest.hexdigest()}
-        write_json(folder / "step.json", about)
-    return total
+    _check_faults(folder, title, total, max_faults, 1)
+    about = {"recipe": recipe, "tally": total.plain(), "parts": list(names), "digest": digest.hexdigest()}
+    write_json(folder / "step.json", about)
+
+
+@contextmanager
+def _alone(folder: Path, rank: int) -> Iterator[None]:
+    """Hold the folder against another process that makes the same step; the lock ends with the process."""
+    if rank:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is being made by another process; wait for it to end, or choose another out="
+            ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def finished(folder: Path) -> dict[str, Any]:
@@ -269,7 +309,7 @@ def _make(folder: Path, work: Callable[[Part], None], name: str, tick: Callable[
         raise
 
 
-def _is_finished(folder: Path, recipe: dict[str, Any]) -> bool:
+def _is_finished(folder: Path, recipe: dict[str, Any], title: str) -> bool:
     """Whether the folder holds all of just this; ValueError if it holds something else."""
     path = folder / "step.json"
     if not path.exists():
@@ -279,16 +319,16 @@ def _is_finished(folder: Path, recipe: dict[str, Any]) -> bool:
         held, asked = about["recipe"].get(key), recipe.get(key)
         if held != asked:
             raise ValueError(
-                f"{folder} was made with {folder.name}.{key}={held}, not {asked};"
+                f"{folder} was made with {title}.{key}={str(held)[:80]}, not {str(asked)[:80]};"
                 f" choose another out=, or delete {folder} and what was made of it"
             )
     return "digest" in about
 
 
-def _check_faults(folder: Path, tally: Tally, most: float, enough: int) -> None:
+def _check_faults(folder: Path, title: str, tally: Tally, most: float, enough: int) -> None:
     if tally.given >= enough and tally.faults > most * tally.given:
-        worst = ", ".join(f"{reason} {count:,}" for reason, count in (tally.dropped + tally.noted).most_common(3))
+        worst = ", ".join(f"{reason} {count:,}" for reason, count in tally.failed.most_common(3))
         raise ValueError(
-            f"{folder.name}: {tally.faults:,} of {tally.given:,} rows failed ({worst}), more than"
-            f" {folder.name}.max_faults={most}; see {folder}/*.dropped.parquet, mend the cause or raise the share"
+            f"{title}: {tally.faults:,} of {tally.given:,} rows failed ({worst}), more than"
+            f" {title}.max_faults={most}; see {folder}/*.dropped.parquet, mend the cause or raise the share"
         )
