@@ -186,7 +186,8 @@ class ShardReader:
         if not path.exists():
             state = "was not finished: it has no index.json" if self.folder.exists() else "does not exist"
             raise ValueError(
-                f"data.path={self.folder} {state}; prepare it with `python scripts/prepare.py shapes`, or as docs/data.md says"
+                f"data.path={self.folder} {state}; prepare it with `python scripts/prepare.py shapes`,"
+                " or as docs/data.md says"
             )
         try:
             index = json.loads(path.read_bytes())

@@ -96,7 +96,7 @@ def unwatched(name: str, total: int | None) -> AbstractContextManager[Tick | Non
 def prepare(config: PrepareConfig, only: Step | None = None, watch: Watch = unwatched) -> dict[str, Any]:
     """Do all steps of `config`, or one of them, and return the report, which is also written to `report.json`.
 
-    `watch(title, rows)` opens a progress bar. Raises ValueError, with one sentence, at the first step that cannot go on.
+    `watch(title, rows)` opens a progress bar. Raises ValueError at the first step that cannot go on.
     """
     if only and only not in config.steps:
         names = ", ".join(step.value for step in config.steps)

@@ -106,8 +106,6 @@ def test_damage_on_one_rank_alone_changes_no_other_image(config, shards, tmp_pat
 
 
 def test_sizes_must_be_whole_patches(several):
-    cfg = compose(
-        "stage1", ["name=x", "data=shards", "data.resolution=128", f"data.path={several[0]}", "model.patch_size=8"]
-    )
+    where = ["name=x", "data=shards", "data.resolution=128", f"data.path={several[0]}"]
     with pytest.raises(ValueError, match=r"holds pictures of 96x160, but sides must be multiples of 64, .*encode.step"):
-        run(config("stage1", "model.patch_size=8", f"data.path={several[0]}", "model.base_size=8"))
+        run(compose("stage1", [*where, "model.patch_size=8"]))
