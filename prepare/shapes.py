@@ -119,3 +119,28 @@ def _is_prepared(out: Path, recipe: dict[str, Any], info: dict[str, Any]) -> boo
                 "choose another --out, or pass --overwrite to replace it"
             )
     return True
+
+
+def draw_pictures(folder: str | Path, num_images: int, address: str, seed: int = 0, side: int = 192) -> Path:
+    """Draw scenes as picture files with captions in .txt, to try a preparation on; returns a table of their addresses.
+
+    The pictures have four aspect ratios. `address` is where `folder` will be served, such as http://127.0.0.1:8000.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    folder, rows = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(num_images):
+        scene = shapes.scene(seed, index)
+        width, height = ((side, side), (side, side * 3 // 4), (side * 3 // 4, side), (side, side * 9 // 16))[index % 4]
+        top, left = (side - height) // 2, (side - width) // 2
+        picture = shapes.render(scene, side)[top : top + height, left : left + width]
+        name, said = f"{index:05d}", shapes.captions(scene, seed, index)
+        Image.fromarray(picture).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(said["full"] + "\n")
+        rows.append({"url": f"{address}/{name}.png", "caption": said["short"], "width": width, "height": height})
+    table = folder.with_suffix(".parquet")  # beside the folder, which holds pictures alone
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    return table

@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.data == "shapes":
             _shapes(options)
+        elif options.data == "practice":
+            _practice(options)
         else:
             _pipeline(options)
     except (ValueError, OSError) as error:
@@ -74,7 +76,22 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--text", default="assets/shapes", metavar="PATH", help="the same for the text encoders")
     shapes.add_argument("--text-states", action="store_true", help="store the text states of all captions too")
     shapes.add_argument("--overwrite", action="store_true", help="replace another data set in the folder")
+    practice = sets.add_parser(
+        "practice",
+        help="pictures with captions, and a table of their addresses, to try all this on",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    practice.add_argument("--out", default="practice", help="folder to write")
+    practice.add_argument("--images", type=int, default=200, help="how many pictures")
+    practice.add_argument("--address", default="http://127.0.0.1:8000", help="where the folder will be served")
     return parser
+
+
+def _practice(options: argparse.Namespace) -> None:
+    from prepare.shapes import draw_pictures  # slow to import, so that --help is not
+
+    table = draw_pictures(options.out, options.images, options.address)
+    print(f"{options.out} holds {options.images} pictures with captions, and {table} their addresses")
 
 
 def _pipeline(options: argparse.Namespace) -> None:
