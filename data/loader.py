@@ -9,17 +9,20 @@ A damaged record keeps its place in the batch: it is named, marked and must coun
 instead, or the batch cut, the order of all that follows would depend on the state of a disk.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from data import draws
 from data.plan import Plan
-from data.reader import DamagedError, ShardReader
+from data.reader import ShardReader
 from data.texts import restore
 
 AESTHETIC = 6.0  # the score of a picture without one, from 0 to 10
@@ -41,7 +44,7 @@ class DataConfig:
     chunk: int | None = None
     flip: bool = False  # every other picture is mirrored, from latents stored beside the others
     posterior: bool = False  # latents drawn from mean and deviation, where that is stored, and not the mean
-    workers: int = 0
+    workers: int = 0  # threads that read ahead
     verify: bool = False  # SHA-256 of every shard when a run starts; each record's checksum is always compared
     max_damaged: int = 100  # records that may turn out damaged before the run gives up
     text_states: bool = False  # read stored text states instead of encoding the captions
@@ -64,7 +67,7 @@ class DataConfig:
         if self.resolution < 1:
             raise ValueError(f"data.resolution={self.resolution} must be positive; give the picture's side in pixels")
         if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers} must be at least 0; 0 reads in the main process")
+            raise ValueError(f"data.workers={self.workers} must be at least 0; 0 reads nothing ahead")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"data.chunk={self.chunk} must be positive; choose a divisor of train.batch_size")
         if self.exam not in (None, "shapes"):
@@ -103,7 +106,7 @@ class Batch:
         return replace(self, **floats, text_scale=None)
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory, which a CUDA device copies from while it computes; torch calls this."""
+        """The same in page-locked memory, which a CUDA device copies from while it computes."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -165,7 +168,7 @@ def _check(config: DataConfig, reader: ShardReader, num_classes: int | None) -> 
             )
 
 
-class Batches(Dataset):
+class Batches:
     """Micro-batches of one process, from image `start` of the run to the end of the step that reaches `stop`.
 
     `batch_size` counts the images of one optimiser step over all processes; each process gets
@@ -209,18 +212,30 @@ class Batches(Dataset):
             )
         counts = [[len(rows) for rows in mine] for mine in self._rows]
         self._plan = Plan(seed, counts, list(config.mix.values()) or None, chunk)
+        self._choices = lru_cache(maxsize=1024)(self._choose)
 
-    def loader(self) -> DataLoader:
-        """All of them in order, read by `data.workers` processes."""
-        workers = self._config.workers
-        return DataLoader(
-            self,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # of its own: otherwise every iterator takes a number from torch's global one
-        )
+    def loader(self) -> Iterator[Batch]:
+        """All of them in order, read ahead by `data.workers` threads.
+
+        Not by processes: a batch that comes from one lies in new shared memory, which costs more than reading it.
+        """
+        read = self._pinned if torch.cuda.is_available() else self.__getitem__
+        if not self._config.workers:
+            yield from map(read, range(len(self)))
+            return
+        pool, waiting = ThreadPoolExecutor(self._config.workers), deque()
+        try:
+            for number in range(len(self)):
+                waiting.append(pool.submit(read, number))
+                if len(waiting) > 2 * self._config.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _pinned(self, number: int) -> Batch:
+        return self[number].pin_memory()
 
     def __len__(self) -> int:
         return self._steps * self._micro_batches
@@ -258,7 +273,7 @@ class Batches(Dataset):
         sizes, sets, rows = self._find(positions)
         (height, width), shape = self._shapes[sizes[0]]
         wrong: list[str | None] = [None] * len(positions)
-        records = [self._record(one, row, wrong, i) for i, (one, row) in enumerate(zip(sets, rows, strict=True))]
+        records = self._records(sets, rows, wrong)
         mirrored = draws.uniform(self._seed, "flip", positions) < (0.5 if self._config.flip else 0)
         latents = np.empty((len(positions), *shape), np.float16)
         self._read({"latent": ~mirrored, "flip": mirrored}, sets, rows, latents, wrong)
@@ -280,12 +295,15 @@ class Batches(Dataset):
             **texts,
         )
 
-    def _record(self, one: int, row: int, wrong: list[str | None], i: int) -> dict[str, Any]:
-        try:
-            return self._sets[one].record(row)
-        except DamagedError as error:
-            wrong[i] = str(error)
-            return {"captions": {}, "class_id": 0}
+    def _records(self, sets: np.ndarray, rows: np.ndarray, wrong: list[str | None]) -> list[dict[str, Any]]:
+        """The JSON of each record; a damaged one has no caption, and a class that means nothing."""
+        records: list[dict[str, Any]] = [{}] * len(rows)
+        for one in np.unique(sets):
+            here = np.flatnonzero(sets == one)
+            found, damaged = self._sets[one].records(rows[here])
+            for i, record, sentence in zip(here, found, damaged, strict=True):
+                records[i], wrong[i] = record or {"captions": {}, "class_id": 0}, sentence
+        return records
 
     def _read(
         self,
@@ -305,15 +323,20 @@ class Batches(Dataset):
 
     def _captions(self, positions: np.ndarray, records: list[dict[str, Any]]) -> list[str]:
         """Which caption of each record is shown: the inverse of the weights' cumulative sum."""
-        weights = self._config.caption_weights
         shown = []
-        for u, record in zip(draws.uniform(self._seed, "caption", positions), records, strict=True):
-            given = record["captions"]
-            names = [name for name in weights if name in given and weights[name] > 0] or list(given)
-            edges = np.cumsum([weights.get(name, 1.0) or 1.0 for name in names])
-            pick = np.searchsorted(edges / edges[-1], u, side="right") if names else 0
-            shown.append(given[names[pick]] if names else "")
+        for u, record in zip(draws.uniform(self._seed, "caption", positions).tolist(), records, strict=True):
+            names, edges = self._choices(tuple(record["captions"]))
+            shown.append(record["captions"][names[bisect_right(edges, u)]] if names else "")
         return shown
+
+    def _choose(self, given: tuple[str, ...]) -> tuple[list[str], list[float]]:
+        """Of the captions that a record has, those to choose from, and the edges between their shares of 0 to 1."""
+        weights = self._config.caption_weights
+        names = [name for name in weights if name in given and weights[name] > 0]
+        if not names:  # better another caption than none
+            names, weights = list(given), dict.fromkeys(given, 1.0)
+        edges = np.cumsum([weights[name] for name in names])
+        return names, (edges / edges[-1:]).tolist()
 
     def _texts(self, captions: list[str], sets: np.ndarray, wrong: list[str | None]) -> dict[str, torch.Tensor]:
         """The text states of the captions shown, by their names in `Batch`; a damaged record has zeros for them."""

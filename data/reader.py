@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64
 
 from data.shards import SCHEMA, checksum
-from data.texts import TextLayout, caption_hash
+from data.texts import ORDER, TextLayout, caption_hash
 
 AGAIN = "copy it again from its source, or prepare the data set again with --overwrite"
 
@@ -93,11 +92,23 @@ class ShardReader:
 
     def record(self, row: int) -> dict[str, Any]:
         """A record's JSON; raises DamagedError."""
-        at = self._records[row]
-        content = bytearray(int(at["json_bytes"]))
-        if not self._fill(content, int(at["shard"]), ".tar", int(at["json"])) or checksum(content) != at["json_check"]:
-            raise DamagedError(f"{self.place(row)}: its JSON differs from its checksum")
-        return json.loads(content)
+        (found,), (wrong,) = self.records(np.array([row]))
+        if wrong:
+            raise DamagedError(wrong)
+        return found
+
+    def records(self, rows: np.ndarray) -> tuple[list[dict[str, Any]], list[str | None]]:
+        """The JSON of records (b,), and what is wrong with each, if anything; that of a damaged one is empty."""
+        found: list[dict[str, Any]] = [{} for _ in rows]
+        wrong: list[str | None] = [None] * len(rows)
+        at = self._records[rows][["shard", "json", "json_bytes", "json_check"]].tolist()
+        for i, (shard, start, size, check) in enumerate(at):
+            content = bytearray(size)
+            if self._fill([content], shard, ".tar", start) and checksum(content) == check:
+                found[i] = json.loads(content.decode())
+            else:
+                wrong[i] = f"{self.place(rows[i])}: its JSON differs from its checksum"
+        return found, wrong
 
     def read(self, name: str, rows: np.ndarray, outs: Sequence[np.ndarray]) -> list[str | None]:
         """Read an array of each of the records (b,) into its float16 `outs`; what is wrong with each, if anything.
@@ -108,7 +119,7 @@ class ShardReader:
         shards, starts, checks = at["shard"].tolist(), at[name].tolist(), at[f"{name}_check"].tolist()
         wrong: list[str | None] = [None] * len(rows)
         for i, out in enumerate(outs):
-            if not self._fill(out.data, shards[i], ".tar", starts[i]) or checksum(out.data) != checks[i]:
+            if not self._fill([out], shards[i], ".tar", starts[i]) or checksum(out) != checks[i]:
                 wrong[i] = f"{self.place(rows[i])}: its {name} differs from its checksum"
                 out[:] = 0
         return wrong
@@ -125,36 +136,34 @@ class ShardReader:
                 f"{self.folder} holds no text states of the caption {captions[absent[0]]!r};"
                 " prepare the data set again, or set data.text_states=false"
             )
-        b, n = len(captions), layout.length
-        states = np.zeros((b, n, layout.width), layout.dtype)
-        scale = np.zeros((b, n, layout.width // layout.group), np.float16) if layout.dtype == "int8" else None
-        mask = np.zeros((b, n), np.bool_) if layout.masked else None
-        pooled = np.zeros((b, layout.pooled), np.float16) if layout.pooled else None
+        b, longest = len(captions), int(at["end"].max(initial=1))
+        groups = layout.width // layout.group
+        states = np.empty((b, longest, layout.width), layout.dtype)
+        scale = np.empty((b, longest, groups), np.float16) if layout.dtype == "int8" else None
+        pooled = np.empty((b, layout.pooled), np.float16) if layout.pooled else None
+        mask = np.empty((b, layout.length), np.bool_) if layout.masked else None
         wrong: list[str | None] = [None] * b
-        for i, place in enumerate(at):
-            tokens, digest, whole = int(place["tokens"]), xxh3_64(), True
-            some = slice(0, tokens)
-            parts = [("states", states[i, some])]
-            parts += [("scale", scale[i, some])] if scale is not None else []
-            parts += [("mask", mask[i])] if mask is not None else []
-            parts += [("pooled", pooled[i])] if pooled is not None else []
-            for name, out in parts:
-                whole &= self._fill(out.data, int(place["shard"]), ".text.tar", int(place[name]))
-                digest.update(out.data)
-            if not whole or digest.intdigest() & 0xFFFFFFFF != place["check"]:
-                wrong[i] = f"{self.folder}/{place['shard']:05d}.text.tar: the states of {captions[i]!r} are damaged"
-                for _, out in parts:
-                    out[...] = 0
-            elif mask is not None and not mask[i, some].all():  # tokens of several encoders, each with padding behind
-                states[i][mask[i]] = states[i, some].copy()
-                states[i][~mask[i]] = 0
-                if scale is not None:
-                    scale[i][mask[i]] = scale[i, some].copy()
-        if mask is not None:
-            longest = 1 + int(np.flatnonzero(mask.any(axis=0)).max(initial=0))  # after that, padding in all of them
-            states, mask = states[:, :longest], mask[:, :longest]
-            scale = None if scale is None else scale[:, :longest]
-        return Texts(states, scale, mask, pooled, wrong)
+        for i, (shard, start, check, tokens) in enumerate(at[["shard", "start", "check", "tokens"]].tolist()):
+            rows = {"scale": None if scale is None else scale[i], "states": states[i]}
+            whole = {"pooled": None if pooled is None else pooled[i], "mask": None if mask is None else mask[i]}
+            parts = {name: row[:tokens] for name, row in rows.items() if row is not None}
+            parts |= {name: row for name, row in whole.items() if row is not None}
+            ordered = [parts[name] for name in ORDER if name in parts]
+            if not self._fill(ordered, shard, ".text.tar", start) or checksum(*ordered) != check:
+                wrong[i] = f"{self.folder}/{shard:05d}.text.tar: the states of {captions[i]!r} are damaged"
+                tokens = 0
+                for row in ordered:
+                    row[...] = 0
+            here = None if mask is None else mask[i, :longest]
+            for row in (rows["states"], rows["scale"]):
+                if row is None:
+                    continue
+                if here is not None and not here[:tokens].all():  # several encoders, padding behind each one's tokens
+                    row[here] = row[:tokens].copy()
+                    row[~here] = 0
+                else:
+                    row[tokens:] = 0
+        return Texts(states, scale, None if mask is None else mask[:, :longest], pooled, wrong)
 
     def advise(self, rows: np.ndarray) -> None:
         """Let the kernel fetch what will be read of some records soon, all at once."""
@@ -173,11 +182,11 @@ class ShardReader:
         first = np.searchsorted(self._records["shard"], at["shard"])
         return f"{self.folder}/{at['shard']:05d}.tar, record {row - first}"
 
-    def _fill(self, out: Any, shard: int, suffix: str, start: int) -> bool:
-        """Read as many bytes as `out` takes; False if they could not all be had."""
+    def _fill(self, outs: Sequence[Any], shard: int, suffix: str, start: int) -> bool:
+        """Read as many bytes as `outs` take together; False if they could not all be had."""
         try:
             file = self._file(shard, suffix)
-            return bool(file) and os.preadv(file.fileno(), [out], start) == memoryview(out).nbytes
+            return bool(file) and os.preadv(file.fileno(), outs, start) == sum(memoryview(out).nbytes for out in outs)
         except OSError:
             return False
 

@@ -1,7 +1,7 @@
 """Shards: encoded pictures in plain WebDataset tars, with an index that says what must be there.
 
     NAME.tar        members KEY.latent.npy (float16), where stored KEY.flip.npy and KEY.std.npy, and KEY.json
-    NAME.text.tar   members HASH.states.npy ... of each caption, where stored, once a shard: see data/texts.py
+    NAME.text.tar   members HASH.safetensors of each caption, where stored, once a shard: see data/texts.py
     records.npy     a row a record: shard, bucket, where its JSON and its arrays start, and a checksum of each
     texts.npy       a row a caption, sorted by the hash of its words: shard, where its arrays start, checksum
     index.json      schema, counts, bytes and SHA-256 of every file, buckets, latent statistics, autoencoder
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from data.texts import TEXTS, TextLayout, caption_hash
 
@@ -38,9 +38,14 @@ RECORDS = np.dtype(
 )
 
 
-def checksum(content: Any) -> int:
-    """32 bits of the XXH3 hash of some bytes: what is read again is compared with it."""
-    return xxh3_64_intdigest(content) & 0xFFFFFFFF
+def checksum(*contents: Any) -> int:
+    """32 bits of the XXH3 hash of some bytes, in one piece or several: what is read again is compared with it."""
+    if len(contents) == 1:
+        return xxh3_64_intdigest(contents[0]) & 0xFFFFFFFF
+    digest = xxh3_64()
+    for content in contents:
+        digest.update(content)
+    return digest.intdigest() & 0xFFFFFFFF
 
 
 @dataclass(slots=True, kw_only=True)
@@ -145,11 +150,9 @@ class Shard:
         if key in self._known:
             return
         self._known.add(key)
-        arrays = self._layout.arrays(states, pooled, mask)
-        places = {name: self._text_tar.add(f"{key:016x}.{name}.npy", array) for name, array in arrays.items()}
-        starts = [places.get(name, -1) for name in ("states", "scale", "mask", "pooled")]
-        check = checksum(b"".join(array.tobytes() for array in arrays.values()))
-        self._texts.append((key, self._number, len(arrays["states"]), check, *starts))
+        content, begin, tokens, end = self._layout.pack(states, pooled, mask)
+        start = self._text_tar.add(f"{key:016x}.safetensors", content) + begin
+        self._texts.append((key, self._number, start, checksum(content[begin:]), tokens, end))
 
     def finish(self, path: Path | None = None) -> Table:
         """End the tars, put them on the disk, and return what they hold, saved at `path` if given."""

@@ -1,9 +1,11 @@
 """Text states on disk: found by the hash of their caption, without padding, in 16 bits or in 8.
 
-    states   (k, d) of the k tokens that are not padding, float16 or int8
-    scale    (k, d/g) float16: with 8 bits, of each token's groups of g channels
-    mask     (n,) bool: which of the n tokens the k are, where padding is marked as such
+A caption is one safetensors file, whose tensors lie in this order:
+
     pooled   (p,) float16, where the encoders have it
+    scale    (k, d/g) float16: with 8 bits, of each token's groups of g channels
+    states   (k, d) of the k tokens that are not padding, float16 or int8
+    mask     (n,) bool: which of the n tokens the k are, where padding is marked as such
 
 Eight bits are `round(x / s)` with `s = max |x| / 127` over a group of at most 64 channels. A CLIP has channels
 thirty times as large as the others; a scale for a whole token would leave those others a handful of values.
@@ -13,14 +15,17 @@ from dataclasses import dataclass
 from math import gcd
 
 import numpy as np
+from safetensors.numpy import save
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 GROUP = 64
+ORDER = ("pooled", "scale", "states", "mask")
 TEXTS = np.dtype(
-    [("caption", "<u8"), ("shard", "<i4"), ("tokens", "<i4"), ("check", "<u4")]
-    + [(name, "<i8") for name in ("states", "scale", "mask", "pooled")]
-)
+    [  # of a caption: its hash, where its tensors lie, their checksum, how many tokens are real, where the last ends
+        ("caption", "<u8"), ("shard", "<i4"), ("start", "<i8"), ("check", "<u4"), ("tokens", "<i4"), ("end", "<i4")
+    ]
+)  # fmt: skip
 
 
 def caption_hash(caption: str) -> int:
@@ -48,14 +53,15 @@ class TextLayout:
         """Channels that share a scale."""
         return gcd(self.width, GROUP)
 
-    def arrays(self, states: np.ndarray, pooled: np.ndarray | None, mask: np.ndarray | None) -> dict[str, np.ndarray]:
-        """What is stored of states (n, d), a pooled vector (p,) and a mask (n,), in this order."""
+    def pack(
+        self, states: np.ndarray, pooled: np.ndarray | None, mask: np.ndarray | None
+    ) -> tuple[bytes, int, int, int]:
+        """States (n, d), pooled vector (p,) and mask (n,) as a file; its header's bytes, real tokens, their end."""
         if states.shape[1] != self.width or len(states) > self.length or (pooled is not None) != bool(self.pooled):
             raise ValueError(f"text states of {states.shape} do not fit {self}")
-        if mask is None:
+        if mask is None or not self.masked:
             mask = np.arange(self.length) < len(states)
-        if self.masked:
-            states = states[mask[: len(states)]]
+        states = states[mask[: len(states)]]
         found = {"states": _finite(states)}
         if self.dtype == "int8":
             found["states"], found["scale"] = quantise(states, self.group)
@@ -63,7 +69,10 @@ class TextLayout:
             found["mask"] = np.ascontiguousarray(mask, np.bool_)
         if pooled is not None:
             found["pooled"] = _finite(pooled)
-        return found
+        content = save(found)
+        begin = 8 + int.from_bytes(content[:8], "little")
+        assert content[begin:] == b"".join(found[name].tobytes() for name in ORDER if name in found)
+        return content, begin, len(states), 1 + int(np.flatnonzero(mask).max(initial=0))
 
 
 def quantise(states: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,6 @@ whichever parts a run finds done. Among n URLs n^2 / 2^65 are taken for another 
 # (most functions of pyarrow.compute come into being when it is imported)
 
 import csv
-import gzip
 import hashlib
 import json
 import re
@@ -39,11 +38,13 @@ from io import TextIOWrapper
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
 from prepare.parts import Part, Tally, finished, run_step
+from prepare.sources.files import File, braces, find, short
+from prepare.sources.rows import objects, records, table_kind, text_lines
 
 PART = 10_000
 # Our name, and theirs in lower case, the best first: `width` beside `original_width` is that of a resized copy.
@@ -64,7 +65,6 @@ ALIASES = {
 }  # fmt: skip
 SIZES, SCORES = ("width", "height"), ("punsafe", "pwatermark", "similarity", "aesthetic")
 NSFW = {"unlikely": 0.0, "unsure": 0.5, "nsfw": 1.0}  # the words in LAION's column
-KINDS = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
 _BROKEN = "\0broken"  # the column that says what is amiss with a line of text
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?$"
 
@@ -101,7 +101,7 @@ def metadata(
     A .tsv has no quotes. Raises ValueError if nothing is there, or no URLs are in it.
     """
     tables = find_tables(paths)
-    digest = hashlib.sha256(json.dumps([[table.name, table.size] for table in tables]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([[table.file.name, table.file.size] for table in tables]).encode()).hexdigest()
     recipe = {"columns": config.columns, "captions": config.captions, "header": config.header, "input": digest}
     try:
         names, work = finished(folder)["parts"], _nothing  # spares the first reading
@@ -115,76 +115,51 @@ def metadata(
 class Table:
     """One file: where it is, its kind, and which of its columns we take."""
 
-    path: str
-    files: Any  # fsspec's file system
-    place: str  # the path in there
-    size: int | None
+    file: File
     columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs
     header: list[str] = field(default_factory=list)
     rows: int = 0
 
     @property
-    def name(self) -> str:
-        return self.place.split("?")[0].rsplit("/", 1)[-1]
-
-    @property
     def kind(self) -> str:
-        return _kind(self.place)
+        return table_kind(self.file.name)
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """The bytes, unpacked; ValueError if the file turns out to be damaged."""
+        """The bytes; ValueError if the file turns out to be damaged."""
         import pyarrow as pa
 
         try:
-            with self.files.open(self.place, "rb") as file:
-                yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if self.name.endswith(".gz") else file
+            with self.file.open(seekable=self.kind == "parquet") as file:
+                yield file
         except (pa.ArrowException, EOFError, OSError, zlib.error) as error:
             raise ValueError(
-                f"source.paths: {self.path} cannot be read as {self.kind} ({_short(error)});"
+                f"source.paths: {self.file.path} cannot be read as .{self.kind} ({short(error)});"
                 " fetch it again or leave it out"
             ) from error
+
+    def lines(self, file: IO[bytes]) -> TextIOWrapper:
+        """The lines of a table of text."""
+        return text_lines(file, self.file.name)
 
 
 def find_tables(paths: Sequence[str]) -> list[Table]:
     """The files that `paths` mean, in order; ValueError if one means none, or no table."""
-    import fsspec
-
     tables = []
     for path in [single for given in paths for single in braces(given)]:
-        try:
-            files, place = fsspec.core.url_to_fs(path)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"source.paths={path} cannot be opened: {_short(error)}") from error
-        web = path.startswith(("http:", "https:"))
-        if not web and files.isdir(place):
-            places = [inner for inner in sorted(files.ls(place, detail=False)) if _kind(inner)]
-        elif "*" in path and not web:
-            places = [inner for inner in sorted(files.glob(place)) if files.isfile(inner)]
-        else:
-            places = [place] if files.exists(place) else []
-        if not places:
-            raise ValueError(f"source.paths={path} matches no file; check the path, and quote * and braces in a shell")
-        for inner in places:
-            if not _kind(inner):
+        found = find(path)
+        files = [found.file(name) for name in found.files if not found.whole or "/" not in name]
+        for file in files:
+            if table_kind(file.name):
+                tables.append(Table(file))
+            elif not found.whole:
                 raise ValueError(
-                    f"source.paths: {inner} is no table, which end in {', '.join(KINDS)} or, but the first, these with"
-                    " .gz; for pictures choose pipeline=images"
+                    f"source.paths: {file.path} is no table, which end in .parquet, .jsonl, .csv or .tsv, the texts"
+                    " also with .gz; for pictures choose pipeline=images"
                 )
-            tables.append(Table(path if places == [place] else inner, files, inner, files.size(inner)))
     if not tables:
-        raise ValueError("source.paths=[] names no table; give at least one .parquet, .jsonl, .csv or .tsv")
+        raise ValueError(f"source.paths={list(paths)} names no table; give at least one .parquet, .jsonl, .csv or .tsv")
     return tables
-
-
-def braces(path: str) -> list[str]:
-    """All that `{000..127}` and `{a,b}` stand for, as in a shell."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", path)
-    if not found:
-        return [path]
-    first, last, listed = found.groups()
-    options = listed.split(",") if listed else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    return [done for option in options for done in braces(path[: found.start()] + option + path[found.end() :])]
 
 
 def resolve(names: Sequence[str], config: MetadataConfig, path: str) -> dict[str, str]:
@@ -269,7 +244,7 @@ class _Plan:
         self.tables = tables
         for table in tables:
             table.header = config.header
-            table.columns = resolve(_column_names(table), config, table.path)
+            table.columns = resolve(_column_names(table), config, table.file.path)
         order = [*ALIASES, *(f"caption_{name}" for name in config.captions)]
         order.sort(key=lambda ours: (ours != "url", not ours.startswith("caption_")))
         self.columns = [ours for ours in order if any(ours in table.columns for table in tables)]
@@ -279,7 +254,9 @@ class _Plan:
                 hashes.frombytes(_hashes(_urls(batch)).tobytes())
                 table.rows += len(batch)
         if not hashes:
-            raise ValueError(f"source.paths={','.join(table.path for table in tables)} has no rows; check the tables")
+            raise ValueError(
+                f"source.paths={','.join(table.file.path for table in tables)} has no rows; check the tables"
+            )
         self.repeated = repeated(np.frombuffer(hashes, np.uint64))
         self._rows: Iterator[Any] | None = None
         self._next = 0
@@ -379,13 +356,13 @@ def _batches(table: Table, wanted: Sequence[str]) -> Iterator[Any]:
     take = {ours: table.columns[ours] for ours in wanted if ours in table.columns}
     theirs = sorted(set(take.values()))
     with table.open() as file:
-        for batch in _parquet(file, theirs) if table.kind == ".parquet" else _text(file, table, theirs):
+        for batch in _parquet(file, theirs) if table.kind == "parquet" else _text(file, table, theirs):
             columns = {}
             for ours in wanted:
                 column = batch[take[ours]] if ours in take else pa.nulls(len(batch))
                 columns[ours] = _canonical(ours, column)
-            broken = batch[_BROKEN] if _BROKEN in batch.column_names else pa.nulls(len(batch), pa.string())
-            yield pa.table(columns | {_BROKEN: broken})
+            broken = batch[_BROKEN] if _BROKEN in batch.column_names else pa.nulls(len(batch))
+            yield pa.table(columns | {_BROKEN: broken.cast(pa.string())})
 
 
 def _canonical(name: str, column: Any) -> Any:
@@ -419,12 +396,13 @@ def _parquet(file: IO[bytes], names: list[str]) -> Iterator[Any]:
 def _text(file: IO[bytes], table: Table, names: list[str]) -> Iterator[Any]:
     import pyarrow as pa
 
-    lines = TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
-    if table.kind in (".csv", ".tsv"):
-        records = _csv(lines, table, names)
+    lines = table.lines(file)
+    if table.kind == "jsonl":
+        found = ((row, None) if isinstance(row, dict) else ({}, row) for row in objects(lines))
+        rows = ((*map(row.get, names), problem) for row, problem in found)
     else:
-        records = ((*map(row.get, names), problem) for row, problem in _json(lines))
-    while block := list(islice(records, PART)):
+        rows = _csv(lines, table, names)
+    while block := list(islice(rows, PART)):
         yield pa.table([_column(values) for values in zip(*block, strict=True)], names=[*names, _BROKEN])
 
 
@@ -432,37 +410,14 @@ def _csv(lines: TextIOWrapper, table: Table, names: list[str]) -> Iterator[tuple
     reader = _csv_reader(lines, table)
     header = table.header or next(reader)
     pick = itemgetter(*(header.index(name) for name in names), len(header))
-    broken = (None,) * len(names)
-    while True:
-        try:
-            for row in reader:
-                if len(row) == len(header):
-                    row.append("")
-                    yield pick(row)
-                elif row:
-                    yield (*broken, f"{len(row)} fields, not {len(header)}")
-            return
-        except csv.Error as error:  # the reader goes on behind it
-            yield (*broken, str(error))
+    for row in records(reader, len(header)):
+        yield (*(None for _ in names), row) if isinstance(row, str) else pick([*row, None])
 
 
 def _csv_reader(lines: TextIOWrapper, table: Table) -> Any:
-    if table.kind == ".tsv":
+    if table.kind == "tsv":
         return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     return csv.reader(lines)
-
-
-def _json(lines: TextIOWrapper) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """Each line's object, or an empty one and what is amiss."""
-    for line in lines:
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield {}, _short(error)
-            continue
-        yield (row, None) if isinstance(row, dict) else ({}, "a line that is no object")
 
 
 def _column(values: Sequence[Any]) -> Any:
@@ -485,16 +440,17 @@ def _column_names(table: Table) -> list[str]:
     import pyarrow.parquet as pq
 
     with table.open() as file:
-        if table.kind == ".parquet":
+        if table.kind == "parquet":
             schema = pq.ParquetFile(file).schema_arrow
             return [one.name for one in schema if _is_plain(one.type)]
-        lines = TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
-        if table.kind in (".csv", ".tsv"):
+        lines = table.lines(file)
+        if table.kind != "jsonl":
             names = table.header or next(_csv_reader(lines, table), [])
         else:
-            names = list(dict.fromkeys(name for row, _ in islice(_json(lines), 1000) for name in row))
+            some = islice(objects(lines), 1000)
+            names = list(dict.fromkeys(name for row in some if isinstance(row, dict) for name in row))
     if not names:
-        raise ValueError(f"source.paths: {table.path} is empty; leave it out")
+        raise ValueError(f"source.paths: {table.file.path} is empty; leave it out")
     return names
 
 
@@ -510,16 +466,3 @@ def _is_binary(kind: Any) -> bool:
     import pyarrow as pa
 
     return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
-
-
-def _kind(place: str) -> str:
-    """The ending that says how to read it, or nothing."""
-    name = place.split("?")[0].rsplit("/", 1)[-1].lower()
-    if name.endswith(".gz"):
-        name = name.removesuffix(".gz")
-        return next((kind for kind in KINDS[1:] if name.endswith(kind)), "")
-    return next((kind for kind in KINDS if name.endswith(kind)), "")
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

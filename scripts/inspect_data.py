@@ -656,7 +656,7 @@ def _examples(step: Path, reasons: set[str]) -> dict[str, list[str]]:
 def bars(name: str, counts: list[int], titles: list[str], marks: dict[str, float], x_name: str, note: str = "") -> str:
     """Bars with a title each; `marks` label places on the axis, counted in bars from its left end."""
     base, high = HEIGHT - BOTTOM, max(counts) * 1.05
-    pitch = (WIDTH - LEFT - RIGHT) / max(len(counts), 8)
+    pitch = (WIDTH - LEFT - RIGHT) / max(len(counts), 4)
 
     def down(value: float) -> float:
         return base - (base - TOP) * value / high
@@ -700,7 +700,7 @@ def length_chart(name: str, lengths: dict[str, Any]) -> str:
     if len(counts) == 31:
         titles[-1] = f"{30 * width} and more"
     half = 0.5 if width == 1 else 0
-    span = max(len(counts), 8) * width
+    span = max(len(counts), 4) * width
     marks = {f"{tick:g}": tick / width + half for tick in ticks(0, span - 1, 6) if tick == round(tick)}
     return bars(name, counts, titles, marks, name.rpartition(", ")[2])
 

@@ -17,7 +17,8 @@ FLOORS = {"models": 1, "diffusion": 1, "data": 1, "inference": 2, "prepare": 2, 
 FLOORS |= {"scripts": 5, "app": 5} | {path.stem: 5 for path in ROOT.glob("*.py")}
 HIGH = {"hydra", "omegaconf"}  # floors 4 and 5 only: below, configs are plain dataclasses
 BANNED = {"pickle", "cloudpickle", "dill", "torchvision"}  # weights are safetensors; torchvision must fit torch exactly
-EXTRAS = {"accelerate", "datasets", "gradio", "starlette", "tensorboard", "transformer_engine", "wandb"}  # need not be installed
+# need not be installed
+EXTRAS = {"accelerate", "datasets", "gradio", "starlette", "tensorboard", "transformer_engine", "wandb"}
 
 FILES = [*ROOT.glob("*.py"), *(file for name in FLOORS for file in sorted((ROOT / name).rglob("*.py")))]
 SOURCES = pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())

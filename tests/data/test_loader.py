@@ -1,5 +1,6 @@
 """The loader: a batch depends on the seed and the position alone, whoever reads it and wherever it began."""
 
+import threading
 from dataclasses import fields
 from itertools import chain, pairwise
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
 from data import draws
 from data.loader import Batch, Batches, DataConfig, open_shards
@@ -125,20 +125,27 @@ def test_ends_with_a_whole_step(reader):
     assert read(reader, start=36, stop=24) == []
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has cores
 @pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_change_nothing(reader, workers):
+def test_workers_change_nothing(reader, workers):
     config = DataConfig(path="set", resolution=32, text_states=True, workers=workers)
     batches = read(reader, config=config)
     assert [b.positions[0].item() for b in batches] == list(range(0, 96, 3))  # in order
     assert_same(joined(batches), joined(read(reader)))
 
 
-@pytest.mark.slow
-def test_spawned_workers_change_nothing(reader):
-    batches = Batches(CONFIG, [reader], 1, start=0, stop=24, batch_size=12, micro_batch=3)
-    spawned = list(DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
-    assert_same(joined(spawned), joined(read(reader, stop=24)))
+def test_an_error_of_a_worker_is_the_readers(reader, monkeypatch):
+    """And threads end with whoever reads, also when that one stops early."""
+    config = DataConfig(path="set", resolution=32, workers=2)
+    batches = Batches(config, [reader], 1, start=0, stop=96, batch_size=12, micro_batch=3)
+    before = threading.active_count()
+    iterator = batches.loader()
+    next(iterator)
+    assert threading.active_count() > before
+    iterator.close()
+    assert threading.active_count() == before
+    monkeypatch.setattr(batches, "_records", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(batches.loader())
 
 
 def test_leaves_global_random_numbers_alone(reader):

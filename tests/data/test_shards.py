@@ -12,6 +12,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 from data import shards
 from data.reader import DamagedError, ShardReader
@@ -122,7 +123,8 @@ def test_webdataset_reads_the_tars(folder):
     assert json.loads(samples[36]["json"])["class_id"] == 1
     texts = list(webdataset.WebDataset(f"{folder}/{{00000..00003}}.text.tar", shardshuffle=False))
     assert len(texts) == CAPTIONS * COUNT
-    assert set(texts[0]) >= {"states.npy", "mask.npy", "pooled.npy"}
+    stored = load(texts[0]["safetensors"])
+    assert [stored[name].shape for name in ("states", "mask", "pooled")] == [(1, 5), (3,), (6,)]
 
 
 # --- broken sets --------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def test_every_flipped_bit_of_a_record_is_named(own_folder):
     at, text = reader._records[13], reader._texts[5]
     places = [("00001.tar", at["latent"], 64), ("00001.tar", at["json"], at["json_bytes"])]
     tar = f"{text['shard']:05d}.text.tar"
-    places += [(tar, text["states"], 10 * text["tokens"]), (tar, text["mask"], 3), (tar, text["pooled"], 12)]
+    places += [(tar, text["start"], 12 + 10 * text["tokens"] + 3)]  # pooled, states, mask
     for name, start, size in places:
         for offset in {0, size - 1, *rng.integers(0, size, 4)}:
             flip(own_folder / name, start + offset, 1 << int(rng.integers(8)))

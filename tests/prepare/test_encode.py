@@ -382,7 +382,7 @@ def test_a_finished_set_is_left_alone_and_no_other_put_over_it(made):
     for change, message in (
         ({"flip": False}, "encode.flip=True, not False"),
         ({"step": 16}, r"encode.buckets=\[\[32, 128\].*, not"),
-        ({"text_states": TextStates.int8}, "64.text_states=.*'float16'.*, not .*'int8'"),
+        ({"text_states": TextStates.int8}, "encode.text_states=.*'float16'.*, not .*'int8'"),
         ({"batch": 5}, "64.batch=4, not 5"),
         ({"source": Rows({"00000": rows(0)})}, "64.input="),
         ({"filters": FilterConfig()}, "64.filters=None, not"),

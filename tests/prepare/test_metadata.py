@@ -170,6 +170,19 @@ def test_broken_lines_harm_no_other(tmp_path: Path):
     assert tally.given == tally.kept + tally.dropped.total()
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_broken_line_in_one_of_several_tables(kind: str, tmp_path: Path):
+    urls = [[f"http://a.de/{n}/{i}" for i in range(5)] for n in range(3)]
+    for n, some in enumerate(urls):
+        lines = (
+            [json.dumps({"url": url}) for url in some] if kind == "jsonl" else ["url,text", *(f"{u},x" for u in some)]
+        )
+        lines[3] = "{broken" if n == 1 else lines[3]
+        (tmp_path / f"{n}.{kind}").write_text("\n".join(lines))
+    tally = metadata(MetadataConfig(), [str(tmp_path)], tmp_path / "metadata")
+    assert (tally.kept, tally.dropped) == (14, {"broken_row": 1})
+
+
 def test_text_that_is_no_utf8_is_mended(tmp_path: Path):
     text = pa.array([b"good", b"b\xe4d"]).view(pa.string())
     pq.write_table(pa.table({"url": ["http://a.de/1", "http://a.de/2"], "text": text}), tmp_path / "t.parquet")
@@ -222,7 +235,7 @@ def test_folders_globs_braces_and_the_web(tmp_path: Path):
     folder = str(tmp_path / "tables")
     expected = [f"{n:03d}.parquet" for n in range(12)]
     for path in (folder, f"{folder}/*.parquet", folder + "/{000..011}.parquet", f"file://{folder}/*.parquet"):
-        assert [table.name for table in find_tables([path])] == expected
+        assert [table.file.name for table in find_tables([path])] == expected
     assert braces("{a,b}{9..10}") == ["a9", "a10", "b9", "b10"]
     assert braces("no{thing}") == ["no{thing}"]
 

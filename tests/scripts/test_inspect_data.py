@@ -235,8 +235,8 @@ def test_damage_is_named_and_the_rest_is_shown(tmp_path: Path, shards: Path):
 
 def test_verify_finds_what_sampling_passes_over(tmp_path: Path, shards: Path):
     damage(shards, ".tar", latent_of(7).astype("<f2").tobytes())
-    states = TEXT.arrays(np.random.default_rng(5).standard_normal((3, 64)), np.zeros(6), MASK)["states"]
-    damage(shards, ".text.tar", states.tobytes())
+    content, begin, *_ = TEXT.pack(np.random.default_rng(5).standard_normal((3, 64)), np.zeros(6), MASK)
+    damage(shards, ".text.tar", content[begin:])
     (seen,), _ = inspect(tmp_path / "x.html", shards, "--samples", "2")
     assert seen["problems"] == {}
     (seen,), _ = inspect(tmp_path / "x.html", shards, "--samples", "2", "--verify")
@@ -318,8 +318,8 @@ def test_a_broken_set_does_not_hide_the_preparation(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{tmp}/nowhere"], "inspect_data.py: source.paths={tmp}/nowhere matches nothing"),
-        (["{tmp}"], "inspect_data.py: source.paths={tmp} matches nothing"),
+        (["{tmp}/nowhere"], "inspect_data.py: source.paths={tmp}/nowhere matches no file"),
+        (["{tmp}"], "inspect_data.py: source.paths={tmp} matches no file"),
         (["{tmp}", "--samples", "0"], "inspect_data.py: --samples=0 must be at least 1; 24 is usual"),
         (["{tmp}", "--out", "{tmp}/no/x.html"], "inspect_data.py: --out={tmp}/no/x.html is in a folder that does not"),
     ],
