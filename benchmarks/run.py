@@ -62,17 +62,18 @@ def reading() -> Row:
     wds: Any = import_module("webdataset")  # its names are made at run time, out of a type checker's sight
 
     from data.loader import Batches, DataConfig
-    from data.shards import ShardReader, ShardWriter
+    from data.reader import ShardReader
+    from data.shards import ShardWriter
 
     folder = Path(tempfile.mkdtemp())
     rng = np.random.default_rng(0)
     with ShardWriter(folder, resolution=128, vae={"factor": 8, "channels": 8}) as writer:
         for _ in range(2000):
-            writer.add({"captions": ["a red circle"] * 4}, latent=rng.standard_normal((8, 16, 16)).astype("f2"))
+            writer.add({"captions": dict.fromkeys("abcd", "a red circle")}, latent=rng.standard_normal((8, 16, 16)).astype("f2"))
     reader, config = ShardReader(folder), DataConfig(path=str(folder), resolution=128)
 
     def ours() -> None:
-        for _ in Batches(config, reader, 0, start=0, stop=2000, batch_size=50, micro_batch=50).loader():
+        for _ in Batches(config, [reader], 0, start=0, stop=2000, batch_size=50, micro_batch=50).loader():
             pass
 
     def usual() -> None:
