@@ -194,7 +194,7 @@ def _watch(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=total, rate="")
+        task = bar.add_task(f"{name:12}" if name else "", total=total, rate="")
 
         def tick(count: int) -> None:
             nonlocal done, said
@@ -212,6 +212,7 @@ def _watch(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
                 print(f"{name} {done:,} images, {rate:,.0f} images/s", flush=True)
 
         yield tick
+        bar.update(task, total=done)
 
 
 if __name__ == "__main__":
