@@ -69,7 +69,10 @@ def reading() -> Row:
     rng = np.random.default_rng(0)
     with ShardWriter(folder, resolution=128, vae={"factor": 8, "channels": 8}) as writer:
         for _ in range(2000):
-            writer.add({"captions": dict.fromkeys("abcd", "a red circle")}, latent=rng.standard_normal((8, 16, 16)).astype("f2"))
+            writer.add(
+                {"captions": dict.fromkeys("abcd", "a red circle")},
+                latent=rng.standard_normal((8, 16, 16)).astype("f2"),
+            )
     reader, config = ShardReader(folder), DataConfig(path=str(folder), resolution=128)
 
     def ours() -> None:

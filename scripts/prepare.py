@@ -133,8 +133,10 @@ def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{report['out']}, of {', '.join(report['source'])}", title_justify="left")
-    for name, justify in (("step", "left"), ("given", "right"), ("kept", "right"), ("left out, and why", "left")):
-        table.add_column(name, justify=justify)
+    table.add_column("step")
+    table.add_column("given", justify="right")
+    table.add_column("kept", justify="right")
+    table.add_column("left out, and why")
     for step in report["steps"]:
         reasons = sorted(step["dropped"].items(), key=lambda item: -item[1])
         said = [f"{reason} {count:,}" for reason, count in reasons]
