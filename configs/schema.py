@@ -8,6 +8,7 @@ below ever sees a DictConfig.
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from models.unet import UNetConfig
 from training.config import RunConfig
 from training.metrics import LoggerConfig
 from training.optim import OptimConfig
+from training.restart import AGAIN
 
 if TYPE_CHECKING:
     from prepare.pipeline import PrepareConfig
@@ -92,7 +94,7 @@ def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[]
                 if HydraConfig.get().mode is RunMode.MULTIRUN:  # one folder a job, named by what the job overrides
                     run_config = to_run_config(cfg)
                     run_config.name = f"{run_config.name}/{HydraConfig.get().job.override_dirname}"
-                    task(run_config)
+                    sweep(task, run_config)
                 else:
                     alone.append(cfg)  # runs below, out of Hydra's hands: it would print about every error
 
@@ -114,6 +116,24 @@ def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[]
         return command
 
     return decorate
+
+
+def sweep(task: Callable[[RunConfig], Any], cfg: RunConfig) -> None:
+    """One job of a multirun; one that SLURM started makes ranks of its tasks, and asks to be started again if it is to.
+
+    submitit queues a job again upon its own signal.
+    """
+    slurm = "SUBMITIT_EXECUTOR" in os.environ
+    if slurm and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["LOCAL_WORLD_SIZE"] = re.split(r"[(,]", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0]
+    try:
+        task(cfg)
+    except SystemExit as ended:
+        if slurm and ended.code == AGAIN:
+            signal.raise_signal(signal.SIGUSR2)
+        raise
 
 
 def to_run_config(cfg: DictConfig) -> RunConfig:

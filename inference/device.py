@@ -11,6 +11,7 @@ class Precision(Enum):
     auto = "auto"  # bf16 where the accelerator has it, else fp32
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8 = "fp8"  # products of the blocks' linear layers, all else in bf16; in training alone
 
 
 class Offload(Enum):
@@ -30,5 +31,5 @@ def best_device() -> torch.device:
 def precision(wanted: Precision, device: torch.device) -> torch.dtype:
     """What products are computed in: bfloat16 where asked for, or where the accelerator is good at it."""
     able = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or device.type == "xpu"
-    halved = wanted is Precision.bf16 or (wanted is Precision.auto and able)
+    halved = wanted in (Precision.bf16, Precision.fp8) or (wanted is Precision.auto and able)
     return torch.bfloat16 if halved else torch.float32

@@ -82,6 +82,8 @@ class Pipeline:
 
         `loras` are files and their weights, added to the network in this order.
         """
+        if compute is Precision.fp8:
+            raise ValueError("compute=fp8 is for training; choose bf16, which draws what such a model learnt")
         device = torch.device(device or best_device())
         folder = Path(locate(str(path)))
         if (folder / "model_index.json").is_file():

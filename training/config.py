@@ -16,9 +16,12 @@ from models.base import ModelConfig
 from models.layers import Checkpointing
 from models.text import TextConfig
 from training.checkpoint import CheckpointConfig
+from training.distributed import Parallel
 from training.ema import EMAConfig
+from training.guard import GuardConfig
 from training.metrics import LoggerConfig
-from training.optim import OptimConfig
+from training.optim import OptimConfig, Weights
+from training.precision import FP8Config, check_main_grad
 from training.speed import Attention, Compile
 
 
@@ -39,7 +42,9 @@ class TrainConfig:
     channels_last: bool = False  # for convolutions
     compile: Compile = Compile.none
     attention: Attention = Attention.auto
-    max_skipped: int = 50  # updates dropped for a non-finite gradient before the run gives up
+    parallel: Parallel = Parallel.ddp  # what several ranks share
+    timeout: float = 600  # seconds in which every rank must finish a step
+    max_restarts: int = 3  # starts without progress before the run asks not to be started again
 
     def __post_init__(self):
         if self.images <= 0 or self.batch_size <= 0:
@@ -51,6 +56,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.checkpoint_every={self.checkpoint_every} counts blocks from 1, which recomputes each;"
                 " for none choose train.checkpointing=none"
+            )
+        if self.timeout <= 0 or self.max_restarts < 0:
+            raise ValueError(
+                f"train.timeout={self.timeout} must be positive and train.max_restarts={self.max_restarts} at least 0;"
+                " choose 600 and 3"
             )
         if not 0 <= self.text_dropout <= 1:
             raise ValueError(f"train.text_dropout={self.text_dropout} is a share; choose one between 0 and 1")
@@ -122,6 +132,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # a dict, because `from` cannot be the name of a field; its keys are checked below
@@ -133,6 +145,17 @@ class RunConfig:
         for key, choices in (("mode", ("anchor", "mean")), ("weights", ("ema", "model"))):
             if self.init[key] not in choices:
                 raise ValueError(f"init.{key}={self.init[key]} is not a choice; choose one of {', '.join(choices)}")
+        if self.optim.weights is Weights.bf16 and self.train.precision is Precision.fp32:
+            raise ValueError(
+                "optim.weights=bf16 is less than train.precision=fp32 computes with; choose train.precision=bf16, or"
+                " optim.weights=fp32"
+            )
+        check_main_grad(self.fp8, self.train.parallel, self.optim.in_backward)
+        if self.optim.in_backward and self.guard.deviations is not None:
+            raise ValueError(
+                "optim.in_backward=true updates before a spike can be judged;"
+                " give guard.deviations=null or optim.in_backward=false"
+            )
         if self.model.condition == "text" and self.text is None:
             raise ValueError(
                 f"model={type(self.model).__name__} reads text, but there are no encoders;"

@@ -38,16 +38,17 @@ def subjects(cfg: RunConfig, captions: list[str]) -> Subjects:
     return Subjects(captions[:count], None)
 
 
-def draw_grid(pipeline: Pipeline, what: Subjects, seed: int, path: Path, columns: int = 4) -> dict[str, Any]:
-    """Draw the subjects at fixed seeds into one PNG; returns the record for metrics.jsonl."""
+def draw_grid(pipeline: Pipeline, what: Subjects, seed: int, path: Path | None, columns: int = 4) -> dict[str, Any]:
+    """Draw the subjects at fixed seeds into one PNG, if this rank writes any; returns the record for metrics.jsonl."""
     pictures = _draw(pipeline, what.captions, what.class_ids, [seed + i for i in range(len(what.captions))])
     blank = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
     tiles = np.concatenate([pictures, blank])
     rows = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    Image.fromarray(np.concatenate(rows)).save(aside, format="PNG")
-    aside.rename(path)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        Image.fromarray(np.concatenate(rows)).save(aside, format="PNG")
+        aside.rename(path)
     return {"prompts": what.captions, "columns": columns, "tile": pictures.shape[1]}
 
 

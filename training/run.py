@@ -7,31 +7,42 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from data.loader import Batch, Batches, open_shards
 from data.reader import ShardReader
 from diffusion.objective import Objective
 from inference.description import Description, plain
-from inference.device import precision
+from inference.device import Precision, precision
 from inference.pipeline import Pipeline
+from models.folder import hold, numbered
 from models.text import Conditioner, TextEncoders
-from training.checkpoint import TrainState, resume, save_checkpoint
+from training.checkpoint import Saver, TrainState, read_guard, resume
 from training.config import RunConfig
-from training.distributed import Ranks, session
+from training.distributed import Ranks, session, sharded, synchronised
 from training.ema import EMA
 from training.evaluate import draw_grid, subjects, take_exam
 from training.flops import Work, peak_tflops
+from training.guard import Guard
 from training.metrics import Journal, LossSums, peak_rss_mb
-from training.optim import build_optimizer, guarded_step, learning_rate
+from training.optim import (
+    averaged,
+    build_optimizer,
+    check_state,
+    gradient_norm,
+    guarded_step,
+    learning_rate,
+    set_rate,
+)
 from training.origin import inherit
 from training.pairing import check_pairing
+from training.precision import MainGrads, Recipe, convert, recipe
+from training.restart import check_progress, note_exit, note_start
 from training.speed import (
     Compile,
     attention_by,
@@ -47,13 +58,20 @@ from training.step import clean, condition, losses
 def run(cfg: RunConfig) -> dict[str, Any]:
     """Train as `cfg` says, or go on from where the same command stopped; returns the exam's result.
 
-    May be called repeatedly in one process. Raises ValueError before anything is built if the config cannot work.
+    May be called repeatedly in one process. Raises ValueError before anything is built if the config cannot work, and
+    SystemExit with `training.restart.AGAIN` if it was asked to leave and wants to be started again.
     """
-    with session() as ranks:
-        return _run(cfg, ranks)
+    with session(cfg.train.timeout, cfg.folder) as ranks, ExitStack() as held:
+        result = _run(cfg, ranks, held)
+        code = 0 if result is not None else ranks.exit_code()
+    note_exit(cfg.folder if ranks.main else None, code)
+    if code:
+        raise SystemExit(code)
+    return result or {}
 
 
-def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
+def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None:
+    """The exam's result, or None if the run was left before its end; `held` lets go of folder and files after it."""
     micro_batch = cfg.train.micro_batch_of(ranks.world)
     check_pairing(micro_batch, cfg.objective.pairing)
     sets = open_data(cfg, ranks)
@@ -61,6 +79,10 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
     masked = cfg.model.condition == "text" and cfg.text is not None and cfg.text.masked
     check_attention(cfg.train.attention, ranks.device, dtype, masked)
     check_compiler(cfg.train.compile)
+    fp8 = recipe(cfg.fp8, ranks.device, print) if cfg.train.precision is Precision.fp8 else Recipe.bf16
+    mesh = ranks.mesh(cfg.train.parallel)
+    replicas = ranks.world if mesh is None else mesh.size(0) if mesh.ndim == 2 else 1
+    cfg.optim.check_steps(cfg.train.batch_size // ranks.world // micro_batch, replicas)
     plain_config = described(cfg)
 
     torch.manual_seed(cfg.seed)
@@ -85,22 +107,36 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
     checkpoints = cfg.folder / "checkpoints"
     say = print if ranks.main else lambda _: None
-    optimizer, ema = build_optimizer(denoiser, cfg.optim), EMA(denoiser, cfg.ema)
-    state = resume(checkpoints, denoiser, ema.module, optimizer, plain_config, say)
+    if ranks.main:
+        held.enter_context(hold(cfg.folder, say))
+    if cfg.init["from"] and not numbered(checkpoints):
+        inherit(denoiser, cfg.init, description, say)
+    converted = convert(denoiser, fp8, cfg.fp8) if mesh else []
+    ranks.shard(denoiser, cfg.train.parallel, dtype)
+    optimizer, ema, guard = build_optimizer(denoiser, cfg.optim), EMA(denoiser, cfg.ema), Guard(cfg.guard, ranks.device)
+    saver = held.enter_context(Saver(checkpoints, cfg.checkpoint, say))
+    saver.check(denoiser, ema.profiles, optimizer)
+    state = resume(checkpoints, denoiser, ema.profiles, optimizer, plain_config, say)
+    check_state(optimizer)
     if state:
         say(f"{cfg.name} continues from {state.images_seen:,} images")
+        guard.load(read_guard(checkpoints / str(state.images_seen)))
     else:
         state = TrainState()
-        if cfg.init["from"]:
-            inherit(denoiser, cfg.init, description, say)
-            ema = EMA(denoiser, cfg.ema)
-        else:
+        if not cfg.init["from"]:
             say(f"{cfg.name} starts from scratch")
+    converted = converted or convert(denoiser, fp8, cfg.fp8)  # after averages were copied: these are drawn in bf16
+    main_grads = MainGrads(denoiser, converted if cfg.fp8.main_grad else [])
+    if converted:
+        say(f"fp8 in {len(converted)} linear layers: {fp8.value}")
     records = sum(map(len, sets))
     say(f"{sum(p.numel() for p in denoiser.parameters()):,} parameters, {records:,} records, {ranks.world} ranks")
 
+    stop = min(cfg.train.images, cfg.train.stop_at or cfg.train.images)
+    if state.images_seen < stop:
+        starts = ranks.largest(note_start(cfg.folder, state.images_seen) if ranks.main else 0)
+        check_progress(cfg.folder, state.images_seen, starts, cfg.train.max_restarts, ranks.main)
     if ranks.main:
-        cfg.folder.mkdir(parents=True, exist_ok=True)
         (cfg.folder / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False))
     journal = Journal(cfg.folder, cfg.logger, ranks, cfg.name, cfg.train.images, state.images_seen)
     pipeline = Pipeline(ema.module, conditioner, autoencoder, description, ranks.device, dtype)
@@ -111,33 +147,30 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
         cfg, [caption for row in range(min(len(sets[0]), cfg.sample.count)) for caption in captions_of(sets[0], row)]
     )
 
+    together = sharded(denoiser)  # then all ranks draw, and one of them writes
+
     def save() -> None:
-        if ranks.main:
-            save_checkpoint(
-                checkpoints, state, denoiser, ema.module, optimizer, description, plain_config, cfg.checkpoint.keep
-            )
-        ranks.barrier()
+        guard.check(checkpoints)
+        with ranks.alone():  # the one before may still be on its way to the disk
+            saver.save(state, denoiser, ema.profiles, optimizer, guard.tensors(), description, plain_config)
 
     def draw() -> None:
-        if ranks.main and draws:
-            path = f"samples/{state.images_seen:09d}.png"
-            journal.write(
-                "sample",
-                state.images_seen,
-                {"path": path} | draw_grid(pipeline, shown, cfg.sample.seed, cfg.folder / path),
-            )
-        ranks.barrier()
+        with ranks.alone():
+            if draws and (ranks.main or together):
+                path = f"samples/{state.images_seen:09d}.png"
+                drawn = draw_grid(pipeline, shown, cfg.sample.seed, cfg.folder / path if ranks.main else None)
+                journal.write("sample", state.images_seen, {"path": path} | drawn)
+            ranks.barrier()
 
     compile_denoiser(denoiser, cfg.train.compile)
     compiling = compile_seconds() if cfg.train.compile is not Compile.none else None
-    wrapped = ranks.wrap(denoiser)
+    wrapped = ranks.wrap(denoiser, cfg.train.parallel, dtype)
     free = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     autocast = torch.autocast(ranks.device.type, dtype) if dtype is torch.bfloat16 else nullcontext()
     work, (peak, source) = Work(denoiser), peak_tflops(ranks.device, dtype)
     journal.write("device", state.images_seen, {"peak_tflops": peak, "source": source, "dtype": str(dtype)})
     share = cfg.train.batch_size // ranks.world
     sums, clock, logged_at = LossSums(ranks.device), time.perf_counter(), state.images_seen
-    stop = min(cfg.train.images, cfg.train.stop_at or cfg.train.images)
     batches = iter(
         Batches(
             cfg.data, sets, cfg.seed, start=state.images_seen, stop=stop,
@@ -145,8 +178,12 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
         ).loader()
     )  # fmt: skip
 
+    ranks.advance(state.step)
     while state.images_seen < stop:
         before, state.images_seen = state.images_seen, state.images_seen + cfg.train.batch_size
+        lr = learning_rate(cfg.optim, state.images_seen, cfg.train.images)
+        set_rate(optimizer, lr)  # some update in the backward pass
+        main_grads.start()
         for batch, last in with_last(islice(batches, share // micro_batch)):
             batch = batch.to(ranks.device)
             with synchronised(wrapped, last), attention_by(cfg.train.attention):
@@ -157,16 +194,25 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
                     x0 = clean(batch, cfg.seed)
                     found = losses(wrapped, objective, x0, cond, batch.positions, cfg.seed, cfg.train.batch_size)
                     weighted, unweighted, t = readable(batch, *found)
-                (weighted.sum() / share).backward()
+                loss = weighted.sum() / share
+                guard.watch(loss, last)
+                loss.backward()
             sums.add_losses(weighted.detach(), unweighted, t)
             if batch.damaged:
                 sums.add_damaged(len(batch.damaged))
                 print("\n".join(batch.damaged), file=sys.stderr)
             work.add(x0, cond)
-        lr = learning_rate(cfg.optim, state.images_seen, cfg.train.images)
-        sums.add_step(*guarded_step(optimizer, free, lr, cfg.optim.clip))
-        ema.update(denoiser, state.images_seen, cfg.train.batch_size)
+        main_grads.finish(ranks)
+        norm = None if cfg.optim.in_backward else gradient_norm(free)
+        veto = None if norm is None else guard.veto(norm)
+        norm, skipped = guarded_step(optimizer, free, lr, cfg.optim.clip, veto, norm)
+        if veto is None:
+            guard.veto(norm)  # to remember and count: each parameter has judged for itself
+        sums.add_step(norm, skipped)
+        with averaged(optimizer):
+            ema.update(denoiser, state.images_seen, cfg.train.batch_size)
         state.step += 1
+        ranks.advance(state.step)
         journal.advance(cfg.train.batch_size)
 
         def due(every: int, first: int | None = None, before: int = before) -> bool:
@@ -190,18 +236,15 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
                 "peak_share": tflops / peak,
                 "seconds": state.seconds,
                 "rss_mb": peak_rss_mb(),
+                "save_stall": saver.stall,
+                "saves_missed": saver.missed,
             }
+            about |= guard.check(checkpoints)
             journal.write("train", state.images_seen, values | about)
             if compiling is not None:
                 journal.write("compile", state.images_seen, {"seconds": compile_seconds() - compiling})
                 compiling = None
             clock, logged_at = now, state.images_seen
-            if state.skipped > cfg.train.max_skipped:
-                raise FloatingPointError(
-                    f"{state.skipped} updates had a gradient that is not finite, more than"
-                    f" train.max_skipped={cfg.train.max_skipped}; lower optim.lr and start the same command again:"
-                    f" it continues from the newest checkpoint in {checkpoints}"
-                )
             if state.damaged > cfg.data.max_damaged:
                 raise ValueError(
                     f"{state.damaged} records were damaged, over data.max_damaged={cfg.data.max_damaged}; the lines"
@@ -216,14 +259,17 @@ def _run(cfg: RunConfig, ranks: Ranks) -> dict[str, Any]:
             break
 
     result: dict[str, Any] = {}
-    if state.images_seen >= cfg.train.images and ranks.main and draws and cfg.evaluate.count and cfg.data.exam:
-        path = cfg.folder / "evaluation.json"
-        result = take_exam(pipeline, cfg)
-        journal.write("eval", state.images_seen, result)
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    journal.close()
-    ranks.barrier()
-    return result
+    with ranks.alone():
+        saver.wait()
+        whole = state.images_seen >= cfg.train.images
+        if whole and draws and cfg.evaluate.count and cfg.data.exam and (ranks.main or together):
+            result = take_exam(pipeline, cfg)
+            journal.write("eval", state.images_seen, result)
+            if ranks.main:
+                (cfg.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        journal.close()
+        ranks.barrier()
+    return result if state.images_seen >= stop else None
 
 
 def open_data(cfg: RunConfig, ranks: Ranks) -> list[ShardReader]:
@@ -309,13 +355,6 @@ def captions_of(reader: ShardReader, row: int) -> list[str]:
 def described(cfg: RunConfig) -> dict[str, Any]:
     """The whole config as what YAML and JSON know, with the class of the model named."""
     return plain(cfg) | {"model": {"_class_name": type(cfg.model).__name__.removesuffix("Config"), **plain(cfg.model)}}
-
-
-def synchronised(module: nn.Module, last: bool) -> AbstractContextManager:
-    """Keep DDP from reducing gradients before the last micro-batch of a step; around the forward pass too."""
-    if isinstance(module, nn.parallel.DistributedDataParallel) and not last:
-        return module.no_sync()
-    return nullcontext()
 
 
 def with_last(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -61,7 +61,15 @@ def test_a_run_leaves_what_the_readme_says(config, first):
     assert sorted(path.name for path in (cfg.folder / "samples").iterdir()) == ["000000008.png", "000000016.png"]
     assert json.loads((cfg.folder / "evaluation.json").read_text())["count"] == 4
     names = {path.name for path in (cfg.folder / "checkpoints" / "16").iterdir()}
-    wanted = {"denoiser", "optimizer.safetensors", "state.json", "pipeline.json", "config.json", "manifest.json"}
+    wanted = {
+        "denoiser",
+        "guard.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "pipeline.json",
+        "config.json",
+        "manifest.json",
+    }
     assert names == wanted
     pictures = Pipeline.load(cfg.folder).generate(class_ids=[0, 1])
     assert pictures.shape == (2, 64, 64, 3)

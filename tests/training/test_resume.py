@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from models.folder import fault, newest, publish, sha256
+from training.restart import AGAIN
 from training.run import run
 
 FILES = ("denoiser/model.safetensors", "denoiser/ema.safetensors", "optimizer.safetensors")
@@ -55,7 +56,7 @@ def test_a_signal_loses_nothing(config, shards, tmp_path, number):
     while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 12):
         time.sleep(0.02)
     process.send_signal(number)
-    assert process.wait(60) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert process.wait(60) == (AGAIN if number == signal.SIGTERM else -signal.SIGKILL)
     assert not (tmp_path / "killed" / "checkpoints" / "400").exists(), "the signal came too late to test anything"
     subprocess.run(command, env=environment, check=True)
     assert digests(cfg.folder / "checkpoints" / "400") == digests(tmp_path / "killed" / "checkpoints" / "400")

@@ -184,8 +184,8 @@ def test_two_ranks_equal_one_and_reduce_once_a_step(config, tmp_path):
         "from training import distributed, run\n"
         "reductions = []\n"
         "wrap = distributed.Ranks.wrap\n"
-        "def counting(self, module):\n"
-        "    wrapped = wrap(self, module)\n"
+        "def counting(self, module, *rest):\n"
+        "    wrapped = wrap(self, module, *rest)\n"
         "    def hook(state, bucket):\n"
         "        reductions.append(bucket.is_last())\n"
         "        return allreduce_hook(state, bucket)\n"
@@ -235,8 +235,8 @@ def test_a_run_of_bad_gradients_ends_with_the_way_out(config, monkeypatch):
     from training import step
 
     monkeypatch.setattr(step, "noise", lambda *a: torch.full((8, 8, 8, 8), float("nan")))
-    with pytest.raises(FloatingPointError, match=r"train.max_skipped=2; lower optim.lr"):
-        run(config("stage1", "train.images=64", "train.max_skipped=2"))
+    with pytest.raises(FloatingPointError, match=r"guard.max_skipped=2 .*; lower optim.lr"):
+        run(config("stage1", "train.images=64", "guard.max_skipped=2"))
 
 
 def test_learning_rate_is_a_function_of_images_alone():
