@@ -1,5 +1,5 @@
 # `make` alone prints the targets. The first of them to run makes .venv: PYTHON=python3.12 make test chooses whose.
-.PHONY: help demo test check bench
+.PHONY: help demo test check bench faults
 RUN := .venv/bin/python
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
@@ -14,6 +14,8 @@ check: .venv/ok ## format, lint and types: what CI asks besides the tests
 	@ruff format --check . && ruff check . && pyright
 bench: .venv/ok ## measure speed, and compare with the numbers in benchmarks/
 	@KINETO_LOG_LEVEL=6 $(RUN) benchmarks/run.py # torch's profiler would write into the table
+faults: .venv/ok ## kill, fill the disk, flip bits, and see that nothing is lost
+	@$(RUN) benchmarks/faults.py
 
 .venv/ok: requirements.lock pyproject.toml scripts/setup.sh
 	@bash scripts/setup.sh $(PYTHON)

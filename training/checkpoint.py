@@ -357,26 +357,10 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> None:
             discard(path)
 
 
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    denoiser: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    description: Description,
-    config: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Publish `folder`/<images seen>, wait for it, and drop all but the newest `keep`."""
-    with Saver(folder, CheckpointConfig(keep=keep, background=False, patience=0)) as saver:
-        saver.save(state, denoiser, {"ema": ema}, optimizer, {}, description, config)
-    return folder / str(state.images_seen)
-
-
 def resume(
     folder: Path,
     denoiser: nn.Module,
-    emas: Mapping[str, nn.Module] | nn.Module,
+    emas: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
     say: Callable[[str], None],
@@ -400,7 +384,6 @@ def resume(
     for line in changes(known, config):
         say(f"changed since {found.name} images: {line}")
     state = read_state(found)
-    emas = {"ema": emas} if isinstance(emas, nn.Module) else emas
     for name, module in {"model": denoiser, **emas}.items():
         if not (found / "denoiser" / f"{name}.safetensors").exists() and name.startswith("ema_"):
             raise ValueError(

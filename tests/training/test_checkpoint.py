@@ -34,7 +34,6 @@ from training.checkpoint import (
     read_guard,
     read_state,
     resume,
-    save_checkpoint,
 )
 
 CONFIG = {"seed": 0, "model": {"hidden": 32}}
@@ -295,15 +294,6 @@ def test_a_checkpoint_of_schema_1_is_read_and_one_of_a_newer_is_refused(tmp_path
     (tmp_path / "10" / "state.json").write_text(json.dumps({"schema": 3}))
     with pytest.raises(ValueError, match="10 has the state schema 3, and this version reads up to 2; continue with"):
         read_state(tmp_path / "10")
-
-
-def test_the_plain_function_still_saves(tmp_path):
-    training_ = Training()
-    training_.step()
-    path = save_checkpoint(
-        tmp_path, training_.state, training_.denoiser, training_.ema, training_.optimizer, DESCRIPTION, CONFIG, 1
-    )
-    assert path == newest(tmp_path) == tmp_path / "10"
 
 
 @pytest.mark.parametrize(
