@@ -250,7 +250,7 @@ def _encode_part(job: _Job, part: Part) -> None:
     torch.set_num_threads(job.threads)
     config, layout, vae = job.config, job.layout, _built(job.vae)
     texts = part.path(".text.tar") if layout else None
-    fresh = [""] if config.uncaptioned else []  # captions to be encoded
+    fresh = [""] if layout and config.uncaptioned else []  # captions to be encoded
     known: set[str] = set()
     with ExitStack() as stack:
         shard = stack.enter_context(Shard(part.path(".tar"), texts, number=int(part.name), text=layout))

@@ -132,7 +132,8 @@ class _Source:
             module, info = kind.from_pretrained(locate(self.path), **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}/{subfolder} cannot be read: {' '.join(str(error).split())}") from error
-        if wrong := [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]:
+        mismatched = [name for name, *_ in info["mismatched_keys"]]
+        if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"], *mismatched]):  # they come as sets
             raise ValueError(
                 f"{self.path}/{subfolder} does not fit a {kind.__name__}: {len(wrong)} tensors are missing, extra or"
                 f" misshapen: {first_names(wrong)}; was its config.json changed, or is it another architecture?"

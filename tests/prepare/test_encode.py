@@ -383,9 +383,9 @@ def test_a_finished_set_is_left_alone_and_no_other_put_over_it(made):
         ({"flip": False}, "encode.flip=True, not False"),
         ({"step": 16}, r"encode.buckets=\[\[32, 128\].*, not"),
         ({"text_states": TextStates.int8}, "encode.text_states=.*'float16'.*, not .*'int8'"),
-        ({"batch": 5}, "64.batch=4, not 5"),
-        ({"source": Rows({"00000": rows(0)})}, "64.input="),
-        ({"filters": FilterConfig()}, "64.filters=None, not"),
+        ({"batch": 5}, "encode.batch=4, not 5"),
+        ({"source": Rows({"00000": rows(0)})}, "encode.input="),
+        ({"filters": FilterConfig()}, "encode.filters=None, not"),
     ):
         with pytest.raises(ValueError, match=message):
             make(made, **options | change)

@@ -286,5 +286,5 @@ def test_folders_that_hold_no_start_are_refused(encoders, tmp_path):
         from_public(str(tmp_path), variant="fp16")
     config = tmp_path / "unet" / "config.json"
     config.write_text(config.read_text().replace('"layers_per_block": 2', '"layers_per_block": 3'))
-    with pytest.raises(ValueError, match="does not fit a UNet2DConditionModel: .* tensors are .*up_blocks"):
+    with pytest.raises(ValueError, match="does not fit a UNet2DConditionModel: .* tensors are .*down_blocks"):
         from_public(str(tmp_path))
