@@ -6,8 +6,10 @@
 One run is trained undisturbed. Then it is trained again and again in a folder of its own, and each time something
 happens to it: a signal at a random moment, a kill at a write of a save, a full disk, flipped bits in the newest
 checkpoint. It is started again until it is done. An outcome is good if weights, averages and optimizer state of the
-last checkpoint are those of the undisturbed run, bit for bit, and if no start repeated more than the images between
-two saves. Processes are forked from one that has imported everything, so that a start takes a tenth of a second.
+last checkpoint are those of the undisturbed run, bit for bit, and if no start repeated more than the images between two
+saves and those trained while a save was on its way to the disk: less than two intervals, as a save waits for the one
+before. In so small a run a save takes as long as several steps. Processes are forked from one that has imported
+everything, so that a start takes little time.
 """
 
 import argparse
@@ -102,7 +104,7 @@ class Campaign:
                 break
             reached, saved = self._reached(), self._saved()
             fault.lost.append(max(0, reached - saved))
-            assert fault.lost[-1] <= EVERY, f"{kind}: {fault.lost[-1]} images would be repeated"
+            assert fault.lost[-1] < 2 * EVERY, f"{kind}: {fault.lost[-1]} images would be repeated"
             code = self._start("run")
             assert code == 0, f"{kind}: the second start ended with {code}"
         fault.same += self._digests("run") == self.end
@@ -199,7 +201,9 @@ class Campaign:
                 continue  # half a line: the process ended there
         newest = self._saved()
         broken = [int(path.name) for path in self._checkpoints("run") if int(path.name) > newest]
-        return images if not broken else min(images, newest + EVERY)  # what a broken checkpoint held is said apart
+        return (
+            images if not broken else min(images, newest + 2 * EVERY - 1)
+        )  # what a broken checkpoint held is said apart
 
     def _finished(self) -> bool:
         return (self.root / "run/checkpoints" / str(IMAGES)).exists() and self._saved() == IMAGES
