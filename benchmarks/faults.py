@@ -176,8 +176,11 @@ class Campaign:
     def _count_points(self) -> int:
         counter = self.root / "points"
 
+        def note(number: int) -> None:
+            counter.write_text(str(number))
+
         def count() -> None:
-            watch_writes(lambda number: counter.write_text(str(number)) and None)
+            watch_writes(note)
 
         shutil.rmtree(self.root / "run", ignore_errors=True)
         self._start("run", count)
