@@ -72,6 +72,7 @@ def run(cfg: RunConfig) -> dict[str, Any]:
 
 def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None:
     """The exam's result, or None if the run was left before its end; `held` lets go of folder and files after it."""
+    say = print if ranks.main else lambda _: None
     micro_batch = cfg.train.micro_batch_of(ranks.world)
     check_pairing(micro_batch, cfg.objective.pairing)
     sets = open_data(cfg, ranks)
@@ -79,7 +80,7 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     masked = cfg.model.condition == "text" and cfg.text is not None and cfg.text.masked
     check_attention(cfg.train.attention, ranks.device, dtype, masked)
     check_compiler(cfg.train.compile)
-    fp8 = recipe(cfg.fp8, ranks.device, print) if cfg.train.precision is Precision.fp8 else Recipe.bf16
+    fp8 = recipe(cfg.fp8, ranks.device, say) if cfg.train.precision is Precision.fp8 else Recipe.bf16
     mesh = ranks.mesh(cfg.train.parallel)
     replicas = ranks.world if mesh is None else mesh.size(0) if mesh.ndim == 2 else 1
     cfg.optim.check_steps(cfg.train.batch_size // ranks.world // micro_batch, replicas)
@@ -106,7 +107,6 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     )
 
     checkpoints = cfg.folder / "checkpoints"
-    say = print if ranks.main else lambda _: None
     if ranks.main:
         held.enter_context(hold(cfg.folder, say))
     if cfg.init["from"] and not numbered(checkpoints):
@@ -120,7 +120,8 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     check_state(optimizer)
     if state:
         say(f"{cfg.name} continues from {state.images_seen:,} images")
-        guard.load(read_guard(checkpoints / str(state.images_seen)))
+        if remembered := read_guard(checkpoints / str(state.images_seen)):  # an older checkpoint has none
+            guard.load(remembered)
     else:
         state = TrainState()
         if not cfg.init["from"]:

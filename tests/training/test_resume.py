@@ -74,6 +74,23 @@ def test_a_broken_checkpoint_is_named_and_passed_over(config, capsys):
     assert "24 is passed over: optimizer.safetensors does not match its hash" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_the_schema_before_is_continued(config):
+    """It has no guard, which then begins anew; with few updates known it decides nothing, so the bits are the same."""
+    run(config("stage1", "train.images=32", name="straight"))
+    run(config("stage1", "train.images=32", "train.stop_at=16", name="older"))
+    cfg = config("stage1", "train.images=32", name="older")
+    folder = cfg.folder / "checkpoints" / "16"
+    (folder / "guard.safetensors").unlink()
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "schema": 1}))
+    files = [name for name in json.loads((folder / "manifest.json").read_text()) if name != "guard.safetensors"]
+    manifest = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run(cfg)
+    straight = cfg.folder.parent / "straight"
+    assert digests(straight / "checkpoints" / "32") == digests(cfg.folder / "checkpoints" / "32")
+
+
 def test_a_resume_that_fails_is_an_error_and_never_a_fresh_start(config):
     cfg = config("stage1", "train.images=16")
     run(cfg)
