@@ -10,9 +10,7 @@ instead, or the batch cut, the order of all that follows would depend on the sta
 """
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 
 from data import draws
+from data.ahead import ahead
 from data.plan import Plan
 from data.reader import ShardReader
 from data.texts import restore
@@ -220,19 +219,11 @@ class Batches:
         Not by processes: a batch that comes from one lies in new shared memory, which costs more than reading it.
         """
         read = self._pinned if torch.cuda.is_available() else self.__getitem__
-        if not self._config.workers:
+        workers = self._config.workers
+        if not workers:
             yield from map(read, range(len(self)))
             return
-        pool, waiting = ThreadPoolExecutor(self._config.workers), deque()
-        try:
-            for number in range(len(self)):
-                waiting.append(pool.submit(read, number))
-                if len(waiting) > 2 * self._config.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from ahead(read, range(len(self)), workers, 2 * workers)
 
     def _pinned(self, number: int) -> Batch:
         return self[number].pin_memory()

@@ -5,7 +5,6 @@ is mapped, so memory stays flat, and a file that shrinks under a run is a damage
 What is damaged is named and left to the caller to count; it is never replaced by another record.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data.files import sha256
 from data.shards import SCHEMA, checksum
 from data.texts import ORDER, TextLayout, caption_hash
 
@@ -220,7 +220,7 @@ class ShardReader:
                 raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {known['bytes']}; {AGAIN}")
         to_hash = files if verify else tables  # a wrong table would be read as nonsense
         with ThreadPoolExecutor() as pool:
-            for name, digest in zip(to_hash, pool.map(_sha256, (self.folder / name for name in to_hash)), strict=True):
+            for name, digest in zip(to_hash, pool.map(sha256, (self.folder / name for name in to_hash)), strict=True):
                 if digest != files[name]["sha256"]:
                     raise ValueError(f"{self.folder / name} is damaged: its SHA-256 is not that of index.json; {AGAIN}")
 
@@ -230,8 +230,3 @@ def _open(folder: Path, shard: int, suffix: str) -> FileIO | None:
         return FileIO(folder / f"{shard:05d}{suffix}")
     except OSError:
         return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64, xxh3_64_intdigest
 
+from data.files import sync
 from data.texts import TEXTS, TextLayout, caption_hash
 
 SCHEMA = 2
@@ -257,7 +258,7 @@ class ShardWriter:
         for old in (*shards, *(self.folder / name for name in ("records.npy", "texts.npy", "offsets.npy"))):
             old.unlink(missing_ok=True)
         self._discard()
-        _sync_folder(self.folder)
+        sync(self.folder)
 
     def _discard(self) -> None:
         """Delete whatever has not got its final name."""
@@ -324,10 +325,10 @@ def write_index(
     tars = [f"{table.name}{suffix}" for table in tables for suffix in table.files]
     for name in (*tars, *contents):
         if name == "index.json":
-            _sync_folder(folder)
+            sync(folder)
         if (folder / f"{name}.tmp").exists():  # a step of the preparation names its tars itself
             os.replace(folder / f"{name}.tmp", folder / name)
-    _sync_folder(folder)
+    sync(folder)
     return index
 
 
@@ -400,12 +401,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.decode import MAX_PIXELS, Undecodable, decode
-from prepare.parts import Part, Tally, dropped, finished, run_step, sha256
+from data.files import sha256
+from prepare.parts import Part, Tally, dropped, finished, run_step
 from prepare.sources import Source
 
 if TYPE_CHECKING:

@@ -16,16 +16,16 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.ahead import ahead
 from prepare.parts import Part, Tally, dropped, finished, run_step
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from prepare.filter import FilterConfig
     from prepare.sources import Sample, Source
 
-A = TypeVar("A")
-B = TypeVar("B")
 
 WINDOW = 512  # records that wait for one before them
 TEXT_BATCH = 64  # captions encoded together
@@ -254,8 +252,9 @@ def _encode_part(job: _Job, part: Part) -> None:
     known: set[str] = set()
     with ExitStack() as stack:
         shard = stack.enter_context(Shard(part.path(".tar"), texts, number=int(part.name), text=layout))
-        pool = stack.enter_context(ThreadPoolExecutor(job.decoders))
-        pictures = _ahead(pool, partial(_look, job), _samples(job, part.name), config.batch + 2 * job.decoders)
+        depth = config.batch + 2 * job.decoders
+        pictures = ahead(partial(_look, job), _samples(job, part.name), job.decoders, depth)
+        stack.callback(pictures.close)
         for picture in _batched(pictures, partial(_add_latents, config, vae), config.batch):
             if picture.reason:
                 part.drop(picture.key, picture.reason, picture.detail, fault=picture.fault)
@@ -348,17 +347,6 @@ def _known(about: dict[str, Any]) -> dict[str, Any]:
     if isinstance(label, int) and label >= 0:
         found["class_id"] = label
     return found | {name: ours[name] for name in ("url", "sha256") if isinstance(ours.get(name), str)}
-
-
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """`map` in the threads of a pool, `depth` items ahead of what was taken."""
-    started = deque()
-    for item in items:
-        started.append(pool.submit(function, item))
-        if len(started) > depth:
-            yield started.popleft().result()
-    while started:
-        yield started.popleft().result()
 
 
 def _batched(

@@ -28,6 +28,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from data.files import sha256, sync
+
 ENOUGH = 200  # rows after which a share of faults says something
 
 
@@ -260,21 +262,6 @@ def write_json(path: Path, value: Any) -> None:
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _made(

@@ -280,7 +280,7 @@ def _record(reader: "ShardReader", row: int, problems: Named, *, count: bool = T
 
 def _verify(reader: "ShardReader", problems: Named) -> None:
     """Read everything: files against their SHA-256, records, arrays and text states against their checksums."""
-    from prepare.parts import sha256
+    from data.files import sha256
 
     for shard in reader.index["shards"]:
         for suffix, known in shard["files"].items():
@@ -588,7 +588,8 @@ def look_at_preparation(folder: Path, options: Options) -> list[Seen]:
 
 def _verify_step(step: Path, problems: Named) -> None:
     """Compare the files of a step with the SHA-256 in the accounts of its parts."""
-    from prepare.parts import account, sha256
+    from data.files import sha256
+    from prepare.parts import account
 
     for path in sorted(step.glob("[0-9]*.json")):
         if not path.stem.isdigit():

@@ -24,6 +24,7 @@ from PIL import Image
 
 from data.buckets import fit, nearest
 from data.decode import MAX_PIXELS, decode
+from data.files import sha256
 from data.reader import ShardReader
 from data.shards import load_table
 from models.autoencoder import AutoencoderConfig
@@ -31,7 +32,7 @@ from models.text import TextConfig
 from prepare import encode as module
 from prepare.encode import EncodeConfig, TextStates, encode, sizes
 from prepare.filter import FilterConfig
-from prepare.parts import Part, dropped, finished, run_step, sha256
+from prepare.parts import Part, dropped, finished, run_step
 from prepare.sources import Sample, SourceConfig, open_source
 
 ASSETS = str(Path(__file__).parents[2] / "assets/shapes")

@@ -878,9 +878,9 @@ def test_refusals_of_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with monkeypatch.context() as patch:
         patch.setattr(files, "_walk", refuse)
         with pytest.raises(
-            ValueError, match=r"source.paths=/root/a.tar cannot be read \(denied\); check your rights to it"
+            ValueError, match=r"source.paths=/elsewhere/a.tar cannot be read \(denied\); check your rights to it"
         ):
-            source("/root/a.tar")
+            source("/elsewhere/a.tar")
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"source.paths=s3://bucket/a.tar cannot be opened: Install s3fs to access S3"):
         source("s3://bucket/a.tar")
