@@ -32,13 +32,15 @@ class DataConfig:
     """Which shards to train on, and how their captions are mixed.
 
     path: the folder of one data set; or else mix: of several, each with its share of the images of every batch.
+    losses: what each set's mean loss counts in the loss, {class: 1, instance: 1} for prior preservation; {}: its share.
     caption_weights: by the caption's name; those that a record lacks leave their weight to the others; {}: all alike.
     chunk: images in a row that have one size, where there are several; None: a whole batch.
     """
 
     path: str | None = None
     mix: dict[str, float] = field(default_factory=dict)
-    resolution: int
+    losses: dict[str, float] = field(default_factory=dict)
+    resolution: int  # side in pixels; of buckets, the root of their area
     caption_weights: dict[str, float] = field(default_factory=dict)
     chunk: int | None = None
     flip: bool = False  # every other picture is mirrored, from latents stored beside the others
@@ -50,7 +52,7 @@ class DataConfig:
     exam: str | None = None  # "shapes": pictures are scored by the reader of data/shapes.py
 
     def __post_init__(self):
-        for key in ("caption_weights", "mix"):
+        for key in ("caption_weights", "mix", "losses"):
             given = getattr(self, key)
             weights = np.array(list(given.values()), np.float64)
             if len(weights) and not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
@@ -62,6 +64,11 @@ class DataConfig:
             raise ValueError(
                 f"data.path={self.path} and data.mix={self.mix}: give the folder of one data set as data.path, or"
                 " several and a share above 0 of each as data.mix"
+            )
+        if self.losses and self.losses.keys() != self.mix.keys():
+            raise ValueError(
+                f"data.losses={self.losses} does not weigh the sets of data.mix={self.mix}; give a weight for each of"
+                " these, or {} for their shares"
             )
         if self.resolution < 1:
             raise ValueError(f"data.resolution={self.resolution} must be positive; give the picture's side in pixels")
@@ -94,6 +101,7 @@ class Batch:
     text_scale: torch.Tensor | None = None  # (b, n, d/g) float16
     text_mask: torch.Tensor | None = None  # (b, n) bool
     pooled: torch.Tensor | None = None  # (b, p) float16
+    weight: torch.Tensor = field(default_factory=lambda: torch.ones(()))  # (b,) float32: of each loss
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same with its tensors on `device` and in float32, but for those that draws and counts are made of."""
@@ -211,6 +219,8 @@ class Batches:
             )
         counts = [[len(rows) for rows in mine] for mine in self._rows]
         self._plan = Plan(seed, counts, list(config.mix.values()) or None, chunk)
+        wanted = [config.losses[path] for path in config.mix] if config.losses else self._plan.shares
+        self._weights = np.array(wanted, np.float32) / np.array(self._plan.shares, np.float32)
         self._choices = lru_cache(maxsize=1024)(self._choose)
 
     def loader(self) -> Iterator[Batch]:
@@ -280,6 +290,7 @@ class Batches:
             class_id=torch.tensor([-1 if label is None else label for label in labels]),
             positions=torch.from_numpy(positions),
             sizes=torch.tensor([_sizes(record, height, width) for record in records], dtype=torch.float32),
+            weight=torch.from_numpy(self._weights[sets]),
             valid=torch.tensor([sentence is None for sentence in wrong]),
             damaged=[sentence for sentence in wrong if sentence],
             std=None if std is None else torch.from_numpy(std),

@@ -38,6 +38,11 @@ class Plan:
     def __reduce__(self):
         return Plan, self._given
 
+    @property
+    def shares(self) -> list[float]:
+        """The sets' shares of the images."""
+        return (self._quotas.sum(1) / self._quotas.sum()).tolist()
+
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Set, bucket and number in the bucket, (b,) each, of the records that positions (b,) show."""
         positions = np.asarray(positions, np.int64)

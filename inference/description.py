@@ -29,20 +29,23 @@ class SamplerConfig:
     much as DDPM; None is each sampler's own. negative_scale: None lets a negative prompt stand in for the empty one; a
     number makes it a branch of its own, pushed away with that weight. ramp_max: largest sigma_edm of the karras and
     exponential grids, which a step from pure noise precedes where that is noisier; None is the table's. tolerance: of
-    the adaptive sampler dopri5, absolute and relative.
+    the adaptive sampler dopri5, absolute and relative. aesthetic, negative_aesthetic: the scores that a model is told
+    which reads one, as SDXL's refiner: of the picture, and in the branch that guidance leads away from.
     """
 
     name: Sampler = Sampler.euler
-    steps: int = 28
+    steps: int = 28  # from noise to picture; dopri5 chooses its own
     grid: Grid | None = None
     guidance: float = 4.0  # 1: the plain conditional prediction; 0: the unconditional one
     negative_scale: float | None = None
-    rescale: float = 0.0
+    rescale: float = 0.0  # share, 0 to 1, of the contrast that guidance adds which is taken back
     interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times at which guidance acts
     eta: float | None = None
     rho: float = 7.0  # of the karras grid
     ramp_max: float | None = None
     tolerance: float = 1e-3
+    aesthetic: float = 6.0
+    negative_aesthetic: float = 2.5
 
     def __post_init__(self):
         if self.steps < 1:
@@ -58,8 +61,17 @@ class SamplerConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class Base:
+    """What adapters were trained on: a folder with pipeline.json, which of its weights, and their SHA-256."""
+
+    path: str
+    weights: str
+    sha256: str
+
+
+@dataclass(slots=True, kw_only=True)
 class Description:
-    """What a checkpoint says of itself, beside its weights."""
+    """What a checkpoint says of itself, beside its weights; `base` where these are adapters alone."""
 
     objective: ObjectiveConfig
     sampler: SamplerConfig
@@ -67,6 +79,7 @@ class Description:
     text: TextConfig | None
     resolution: int
     num_classes: int | None
+    base: Base | None = None
 
     def save(self, folder: Path) -> None:
         """Write `pipeline.json`."""
@@ -91,6 +104,7 @@ class Description:
             text=known["text"] and typed(TextConfig, known["text"]),
             resolution=known["resolution"],
             num_classes=known["num_classes"],
+            base=known.get("base") and typed(Base, known["base"]),
         )
 
 
@@ -106,10 +120,12 @@ def plain(config: Any) -> Any:
 
 
 def typed(kind: type[T], values: dict[str, Any]) -> T:
-    """The flat config dataclass that `plain` made `values` of."""
+    """The config dataclass that `plain` made `values` of."""
     hints = get_type_hints(kind)
+    inner = {key: typed(hints[key], value) for key, value in values.items() if dataclasses.is_dataclass(hints.get(key))}
     choices = {name: choice for name, hint in hints.items() for choice in (hint, *get_args(hint)) if _is_enum(choice)}
-    return kind(**{key: choices[key][value] if key in choices and value else value for key, value in values.items()})
+    named = {key: choices[key][value] if key in choices and value else value for key, value in values.items()}
+    return kind(**named | inner)
 
 
 def _is_enum(hint: Any) -> bool:

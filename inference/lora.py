@@ -1,6 +1,7 @@
 """LoRA files, added to a network before it draws.
 
-    W  <-  W + weight (alpha / r) B A          A (r, in), B (out, r), and likewise of convolutions
+    W  <-  W + weight (alpha / r) B A                    A (r, in), B (out, r), and likewise of convolutions
+    W  <-  W + weight (m (W + s B A) / |W + s B A| - W)  DoRA: m is the norm that each row is to have
 
 A file has the names of diffusers and PEFT (`unet.`, `transformer.` or nothing, `text_encoder.`; `lora_A` and `lora_B`,
 `lora.down` and `lora.up`), kohya's (`lora_unet_`, `lora_te1_` and a path with underscores for dots, of diffusers'
@@ -8,14 +9,15 @@ modules or of Stable Diffusion's own), or ours (`denoiser.blocks.0.attn.qkv.lora
 public twin needs. Without their dots, the names of all kinds are keys of one table. What is added to a part of a fused
 tensor of ours is carried there by the rules of `models.interchange`, with zeros for the other parts.
 
-Everything in a file must be understood and fit, and is checked before anything is touched.
+Of several each is a change of the same W, and these are summed. Everything in a file must be understood and fit, and is
+checked before anything is touched.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from inference.description import Description, find
 from inference.export.original import FAMILIES, from_original, to_original
 from models.base import ModelConfig
 from models.interchange import Place, places, public_twin
+from models.lora import DENOISER, networks
 from models.text import TextEncoders
 from models.weights import Causes, misfit, unwrap
 
 METADATA = "lora_adapter_metadata"  # of diffusers: PEFT's settings as JSON, each behind its network's name
-DENOISER = "denoiser"
 # Which network a name is of; the rest of it is the module's.
 NETWORKS = (
     (r"text_encoder\.|lora_te1?_", "text_encoder"),
@@ -40,8 +43,8 @@ NETWORKS = (
     (r"(base_model\.model\.)?((unet|transformer|diffusion_model|denoiser)\.|lora_(unet|transformer)_|)", DENOISER),
 )
 FACTOR = re.compile(r"(.+?)\.(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)(?:\.\w+)?\.weight")
+MAGNITUDE = re.compile(r"(.+?)\.(?:lora_magnitude_vector|dora_scale)(?:\.\w+)?(?:\.weight)?")
 OTHERS = (
-    (r"dora_scale|magnitude_vector", "a DoRA"),
     (r"\.hada_", "a LoHa"),
     (r"\.lokr_", "a LoKr"),
     (r"\.b?oft_", "an OFT"),
@@ -61,24 +64,45 @@ CAUSES: Causes = (
 class Update:
     """What is added to the weight of a module, by its name in the file: scale * up @ down.
 
-    up (out, r), down (r, in) or (r, in, k, k), float32.
+    up (out, r), down (r, in) or (r, in, k, k), magnitude (out, 1) of a DoRA's rows, float32.
     """
 
     name: str
     up: Tensor
     down: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return _shape((len(self.up), *self.down.shape[1:]))
 
-    def delta(self, shape: Sequence[int]) -> Tensor:
-        """The product, in the weight's shape: a linear may be a 1x1 convolution."""
-        return (self.scale * self.up @ self.down.flatten(1)).reshape(tuple(shape))
+    def delta(self, weight: Tensor) -> Tensor:
+        """The change of a weight, in its shape: a linear may be a 1x1 convolution."""
+        product = (self.scale * self.up @ self.down.flatten(1)).reshape(weight.shape)
+        if self.magnitude is None:
+            return product
+        weight = weight.to(product.device, torch.promote_types(weight.dtype, torch.float32))
+        rows = (weight + product).flatten(1)
+        return (self.magnitude * rows / rows.norm(dim=1, keepdim=True)).reshape(weight.shape) - weight
 
 
 Updates = dict[str, Update]  # by keys, see `_key`
+
+
+@dataclass(slots=True)
+class Change:
+    """A tensor of a network and what LoRA files, each with its weight, make of it."""
+
+    tensor: Tensor
+    parts: list[tuple[float, Callable[[Tensor], Tensor]]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Change it in place; where all weights are 0, not even the sign of a zero."""
+        deltas = [(weight, delta(self.tensor)) for weight, delta in self.parts if weight]  # each of the same weight
+        for weight, delta in deltas:
+            self.tensor.add_(delta.to(self.tensor.device), alpha=weight)
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -97,7 +121,6 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(path), number
 
 
-@torch.no_grad()
 def apply(
     denoiser: nn.Module, text_encoders: TextEncoders | None, loras: Sequence[tuple[str | Path, float]]
 ) -> list[str]:
@@ -106,15 +129,36 @@ def apply(
     Returns the names of the tensors they change, such as denoiser.blocks.0.attn.qkv.weight. ValueError if a file is not
     understood or does not fit, and then nothing is touched.
     """
-    networks: dict[str, nn.Module] = {DENOISER: unwrap(denoiser)}
-    if text_encoders is not None:
-        names = [name or "text_encoder" for name in text_encoders.config.encoders]
-        networks |= dict(zip(names, text_encoders.encoders, strict=True))
-    steps = [(weight, step) for path, weight in loras for step in _steps(Path(path), networks)]
-    for weight, (_, tensor, delta) in steps:
-        if weight:  # not even the sign of a zero may change
-            tensor.add_(delta().to(tensor.device), alpha=weight)
-    return list(dict.fromkeys(name for _, (name, *_) in steps))
+    found = changes(denoiser, text_encoders, loras)
+    for change in found.values():
+        change.make()
+    return list(found)
+
+
+def changes(
+    denoiser: nn.Module, text_encoders: TextEncoders | None, loras: Sequence[tuple[str | Path, float]]
+) -> dict[str, Change]:
+    """What `apply` would do, by the names of the tensors; nothing is touched."""
+    nets = networks(unwrap(denoiser), text_encoders)
+    found: dict[str, Change] = {}
+    for path, weight in loras:
+        for name, tensor, delta in _steps(lora_file(path), nets):
+            found.setdefault(name, Change(tensor)).parts.append((weight, delta))
+    return found
+
+
+def lora_file(path: str | Path) -> Path:
+    """The file that is meant: itself, the same with .safetensors, or the averaged adapters of a run or checkpoint."""
+    path = Path(path)
+    if path.is_dir():
+        folder = find(path)
+        if Description.load(folder).base is None:
+            raise ValueError(
+                f"{path} holds a whole network and no LoRA; give a LoRA's file, or a run of model.lora.rank"
+            )
+        return folder / "denoiser" / "ema.safetensors"
+    suffixed = path.with_name(f"{path.name}.safetensors")
+    return suffixed if suffixed.is_file() and not path.is_file() else path
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -128,6 +172,8 @@ def read_lora(path: str | Path) -> dict[str, Updates]:
         factor = FACTOR.fullmatch(re.sub(r"\.processor\.(to_\w+)_lora\.", r".\1.lora.", name))
         if factor:
             factors.setdefault(factor[1], {})["up" if factor[2] in ("B", "up") else "down"] = tensor.float()
+        elif magnitude := MAGNITUDE.fullmatch(name):
+            factors.setdefault(magnitude[1], {})["columns" if _of_columns(name, tensor) else "rows"] = tensor.float()
         elif not name.endswith(".alpha"):
             kind = next(kind for pattern, kind in OTHERS if re.search(pattern, name))
             raise ValueError(f"{path} is {kind}, by its tensor {name}, which is not read here; give a plain LoRA")
@@ -139,9 +185,10 @@ def read_lora(path: str | Path) -> dict[str, Updates]:
         try:
             up, down = _product(pair)
             scale = _scale(tensors.get(f"{name}.alpha"), told, prefix, name.removeprefix(prefix), len(down))
+            magnitude = _magnitude(pair, len(up))
         except ValueError as error:
             raise ValueError(f"{path} is broken: {name} {error}; get the file again, or leave it out") from error
-        found.setdefault(network, {})[_key(name.removeprefix(prefix))] = Update(name, up, down, scale)
+        found.setdefault(network, {})[_key(name.removeprefix(prefix))] = Update(name, up, down, scale, magnitude)
     return found
 
 
@@ -172,6 +219,22 @@ def _product(pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return up.flatten(1), down
 
 
+def _of_columns(name: str, tensor: Tensor) -> bool:
+    """Whether a DoRA has a norm for each input, as some of kohya's kind have, by its shape (1, in)."""
+    return name.endswith("dora_scale") and tensor.ndim > 1 and len(tensor) == 1 < tensor.numel()
+
+
+def _magnitude(pair: Mapping[str, Tensor], rows: int) -> Tensor | None:
+    """The norms (rows, 1) of a DoRA."""
+    if "columns" in pair:
+        raise ValueError("has norms of columns, and only those of rows are read")
+    if "rows" not in pair:
+        return None
+    if pair["rows"].numel() != rows or not pair["rows"].isfinite().all():
+        raise ValueError(f"has {pair['rows'].numel()} norms, which must be {rows} finite numbers")
+    return pair["rows"].reshape(rows, 1)
+
+
 def _scale(alpha: Tensor | None, told: Mapping[str, Any], prefix: str, module: str, rank: int) -> float:
     """alpha / r, alpha being a tensor's, or of PEFT's settings, or r."""
     prefix = prefix.removeprefix("base_model.model.")
@@ -200,36 +263,33 @@ def _key(module: str) -> str:
 
 # --- networks ----------------------------------------------------------------------------------------------
 
-Step = tuple[str, Tensor, Callable[[], Tensor]]  # a tensor's full name, itself, and what is to be added
+Step = tuple[str, Tensor, Callable[[Tensor], Tensor]]  # a tensor's full name, itself, and how it is changed
 
 
-def _steps(path: Path, networks: Mapping[str, Any]) -> list[Step]:
+def _steps(path: Path, nets: Mapping[str, Any]) -> list[Step]:
     """What a file adds to which tensors."""
     steps: list[Step] = []
     problems: dict[str, list[str]] = {"unknown": [], "misshapen": []}
     for part, updates in read_lora(path).items():
-        weights = _weights(networks[part]) if part in networks else {}
+        weights = _weights(nets[part]) if part in nets else {}
         found, rest = _matched(updates, weights)
         problems["misshapen"] += _misshapen(found, weights)
-        steps += [
-            (f"{part}.{name}", weights[name], partial(update.delta, weights[name].shape))
-            for name, update in found.items()
-        ]
+        steps += [(f"{part}.{name}", weights[name], update.delta) for name, update in found.items()]
         if rest and part == DENOISER:
-            module = _twin(networks[part], path)
-            standing, public = _standing(networks[part].config, weights, module)
+            module = _twin(nets[part], path)
+            standing, public = _standing(nets[part].config, weights, module)
             found, rest = _matched(rest, public)
             parts, rest = _matched_originals(rest, public, module)
             found |= parts
             problems["misshapen"] += _misshapen(found, public)
             steps += [
-                (f"{part}.{name}", weights[name], partial(_carried, place, found, public, weights[name].shape))
+                (f"{part}.{name}", weights[name], partial(_carried, place, found, public))
                 for name, place in standing.items()
                 if found.keys() & place.names
             ]
         problems["unknown"] += [update.name for update in rest.values()]
     if any(problems.values()):
-        raise misfit(str(path), type(networks[DENOISER]).__name__, problems, CAUSES)
+        raise misfit(str(path), type(nets[DENOISER]).__name__, problems, CAUSES)
     return steps
 
 
@@ -285,7 +345,10 @@ def _matched_originals(
             continue
         rows = update.up.new_empty(len(update.up) // len(names), update.up.shape[1])
         parts = from_original({original: update.up}, dict.fromkeys(names, rows), rules)
-        found |= {name: replace(update, up=up) for name, up in parts.items()}
+        norms: dict[str, Tensor] = {}
+        if update.magnitude is not None:
+            norms = from_original({original: update.magnitude}, dict.fromkeys(names, rows[:, :1]), rules)
+        found |= {name: replace(update, up=up, magnitude=norms.get(name)) for name, up in parts.items()}
     return found, rest
 
 
@@ -299,8 +362,10 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:2]) if set(shape[2:]) <= {1} else tuple(shape)
 
 
-def _carried(place: Place, found: Mapping[str, Update], public: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+def _carried(place: Place, found: Mapping[str, Update], public: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     """What is added to public weights as what is added to the one of ours that they are parts of."""
-    shapes = {name: public[name].shape for name in place.names}
-    parts = {name: found[name].delta(size) if name in found else torch.zeros(size) for name, size in shapes.items()}
-    return place.read(parts, torch.Size(shape))
+    wholes = place.write(weight, {name: public[name].shape for name in place.names})
+    parts = {
+        name: found[name].delta(part) if name in found else torch.zeros(part.shape) for name, part in wholes.items()
+    }
+    return place.read(parts, weight.shape)

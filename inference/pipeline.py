@@ -5,7 +5,7 @@ pipeline obeys. What is drawn, and from what, is all said to the sampler through
 denoise(z, t) -> x0:
 
     guidance      an affine combination of branches                           diffusion/guidance.py
-    a refiner     another network's denoise in the last steps
+    a refiner     another network's denoise from some noise time on, by default the one up to which it was trained
     inpainting    x0 is the given picture's outside the mask, so z stays on its noised copies there
 
 Picture i depends on its own seed alone, so a batch gives what its members give one by one.
@@ -25,13 +25,15 @@ from diffusion.guidance import guided
 from diffusion.objective import Objective
 from diffusion.sample import Denoise, sample
 from inference.condition import Along, Conditions, chunks_needed, of_classes, of_prompts
+from inference.denoise import in_turn, outside, side_by_side
 from inference.description import Description, SamplerConfig, find
 from inference.device import Offload, Precision, best_device, precision
+from inference.networks import Stacked, load_networks
 from models.autoencoder import Autoencoder
 from models.folder import sha256
 from models.layers import sliced_attention
 from models.text import Conditioner
-from models.weights import load_denoiser, locate
+from models.weights import locate
 
 HANDOVER = 0.8  # SDXL's share of the steps before its refiner's
 MOST_PIXELS = 2**20  # that the autoencoder decodes at once
@@ -66,6 +68,7 @@ class Pipeline:
         self.evaluations = 0
         self.name, self.weights_file = "", Path()
         self._hash: str | None = None
+        self._loras = Stacked()
 
     @classmethod
     def load(
@@ -80,7 +83,8 @@ class Pipeline:
     ) -> "Pipeline":
         """Open a run folder, a checkpoint, a pipeline of ours or one in diffusers' layout. `weights` is ema or model.
 
-        `loras` are files and their weights, added to the network in this order.
+        A checkpoint of adapters is merged with its base. `loras` are files and their weights, added for good; those of
+        `set_loras` can be changed.
         """
         if compute is Precision.fp8:
             raise ValueError("compute=fp8 is for training; choose bf16, which draws what such a model learnt")
@@ -91,12 +95,12 @@ class Pipeline:
 
             start = from_public(str(path))
             description, denoiser = start.description, start.denoiser
+            text = description.text.build() if description.text else None
             source = next(iter(sorted(folder.glob("*/diffusion_pytorch_model*.safetensors"))), folder)
         else:
             folder = find(path)
-            description, denoiser = Description.load(folder), load_denoiser(folder / "denoiser", name=weights)
+            description, denoiser, text = load_networks(folder, weights)
             source = folder / "denoiser" / f"{weights}.safetensors"
-        text = description.text.build() if description.text else None
         if loras:
             from inference.lora import apply
 
@@ -113,6 +117,15 @@ class Pipeline:
 
             offload_parts(pipeline, offload)
         return pipeline
+
+    def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
+        """Draw with these LoRA files, each with its weight, instead of those set before; [] is with none.
+
+        What they change comes back bit for bit. ValueError if a file is not understood or does not fit, and then
+        nothing is touched.
+        """
+        self._loras.set(self.denoiser, self.conditioner.text, loras)
+        self.conditioner.forget()
 
     def model_hash(self) -> str:
         """The first ten digits of the SHA-256 of the denoiser's file, "" where it came from none."""
@@ -134,7 +147,7 @@ class Pipeline:
         mask: np.ndarray | None = None,
         strength: float = 1.0,
         refiner: "Pipeline | None" = None,
-        handover: float = HANDOVER,
+        handover: float | None = None,
         progress: Callable[[int, Tensor, Tensor], object] | None = None,
     ) -> np.ndarray:
         """Draw one picture for each prompt, or for each class: (b, height, width, 3) uint8.
@@ -144,8 +157,8 @@ class Pipeline:
 
         `image` (height, width, 3) uint8 is drawn over: the last `strength` of the steps are walked from its noised
         copy, from pure noise if that is 1. `mask` (height, width), true where to paint, keeps the rest as it is. After
-        the share `handover` of the steps `refiner` goes on. `progress(step, z, x0)` is called after each step; an
-        exception that it raises ends the drawing.
+        the share `handover` of the steps `refiner` goes on; None: from the noise time up to which it was trained.
+        `progress(step, z, x0)` is called after each step; an exception that it raises ends the drawing.
         """
         if size is None and image is not None:
             size = (image.shape[0], image.shape[1])
@@ -173,7 +186,7 @@ class Pipeline:
         mask: np.ndarray | None = None,
         strength: float = 1.0,
         refiner: "Pipeline | None" = None,
-        handover: float = HANDOVER,
+        handover: float | None = None,
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
         z: Tensor | None = None,
@@ -191,7 +204,7 @@ class Pipeline:
         for name, given in (("seeds", seeds), ("negative", negatives)):
             if len(given) != count:
                 raise ValueError(f"{name} has {len(given)} entries for {count} pictures; give one a picture")
-        shares = {"handover": handover, "denoising_start": denoising_start, "denoising_end": denoising_end}
+        shares = {"handover": handover or 0.0, "denoising_start": denoising_start, "denoising_end": denoising_end}
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share} is a share of the steps; choose 0 to 1")
@@ -209,8 +222,9 @@ class Pipeline:
                 return known
             raise ValueError(f"denoising_start={denoising_start} leaves no step before {denoising_end}; choose less")
         self._require_range(times[first], begins=known is None and z is None)
-        turn = float(times[round(handover * steps)])
+        turn = 0.0
         if refiner:
+            turn = refiner.takes_over(times, handover)
             refiner._join(self, turn)
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -222,7 +236,7 @@ class Pipeline:
         self.evaluations = 0
         denoise = self._denoise(prompts, class_ids, negatives, sampler, size, times)
         if refiner:
-            denoise = _in_turn(denoise, refiner._denoise(prompts, class_ids, negatives, sampler, size, times), turn)
+            denoise = in_turn(denoise, refiner._denoise(prompts, class_ids, negatives, sampler, size, times), turn)
         if z is None:
             fresh, t = noise(), float(times[first])
             noised = fresh if known is None else (1 - t) * known + t * fresh
@@ -230,7 +244,7 @@ class Pipeline:
             if painted is not None and known is not None:
                 z = torch.where(painted, z, noised)
         if painted is not None and known is not None:
-            denoise = _outside(painted, known, denoise)
+            denoise = outside(painted, known, denoise)
         with sliced_attention(self.attention_slices):
             z = sample(
                 sampler.name, denoise, z, times[first : last + 1], progress,
@@ -290,9 +304,10 @@ class Pipeline:
         parts = []
         for chunks, members in sorted(groups.items()):  # of one length: padding would change what a picture is shown
             texts = [prompts[i] for i in members], [negatives[i] for i in members]
-            conditions = of_prompts(self.conditioner, *texts, steps, chunks, size, self.device)
+            scores = sampler.aesthetic, sampler.negative_aesthetic
+            conditions = of_prompts(self.conditioner, *texts, steps, chunks, size, scores, self.device)
             parts.append((members, self._guided(conditions, sampler, times)))
-        return parts[0][1] if len(parts) == 1 else _side_by_side(parts)
+        return parts[0][1] if len(parts) == 1 else side_by_side(parts)
 
     def _guided(self, conditions: Conditions, sampler: SamplerConfig, times: Tensor) -> Denoise:
         starts = times[1:-1].tolist()
@@ -350,6 +365,18 @@ class Pipeline:
                 f" {float(t):.3g}; draw over a picture with less strength, or give it as the refiner of another"
             )
 
+    def takes_over(self, times: Tensor, handover: float | None) -> float:
+        """The noise time of a hand-over to this network: after a share of the steps, or where its training ends."""
+        steps, top = len(times) - 1, self.objective.t_max
+        if handover is not None or self.description.objective.range[1] == 1:
+            return float(times[round((HANDOVER if handover is None else handover) * steps)])
+        if steps and float(times[-2]) > top + 1e-6:
+            raise ValueError(
+                f"the refiner {self.name} was trained up to noise time {top:.3g}, and the last of the {steps} steps"
+                f" begins at {float(times[-2]):.3g}, so that it would draw nothing; choose more steps"
+            )
+        return top
+
     def _join(self, base: "Pipeline", t: float) -> None:
         """Make ready to go on where `base` is at time t."""
         if self.autoencoder.digest != base.autoencoder.digest:
@@ -375,25 +402,3 @@ class Pipeline:
                     f" choose {max(unit, side // unit * unit)}"
                 )
         return self.autoencoder.channels, height // self.autoencoder.factor, width // self.autoencoder.factor
-
-
-def _in_turn(first: Denoise, then: Denoise, t: float) -> Denoise:
-    """One denoise function above noise time t, another from there on."""
-    return lambda z, now: (first if float(now[0]) > t + 1e-6 else then)(z, now)
-
-
-def _outside(painted: Tensor, known: Tensor, denoise: Denoise) -> Denoise:
-    """x0 as given outside of what is painted: z, begun as a noised copy there, then stays one at every time."""
-    return lambda z, t: torch.where(painted, denoise(z, t), known)
-
-
-def _side_by_side(parts: Sequence[tuple[list[int], Denoise]]) -> Denoise:
-    """Denoise functions of some rows each as one of all."""
-
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
-        x0 = torch.empty_like(z)
-        for rows, part in parts:
-            x0[rows] = part(z[rows], t[rows])
-        return x0
-
-    return denoise

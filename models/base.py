@@ -9,6 +9,7 @@ A denoiser is an `nn.Module` called as `denoiser(x_t, t, cond)`:
 and returns (b, c, h, w). It carries `.config`, the dataclass that built it.
 """
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from models.lora import LoRAConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,8 @@ class ModelConfig:
     """Description of a denoiser. Subclasses add their fields and `build`.
 
     in_channels: channels of the latent. patch_size: side of a token in latent cells. base_size: side of the latent at
-    which positions count 0, 1, 2, ...; other sizes are anchored to that range.
+    which positions count 0, 1, 2, ...; other sizes are anchored to that range. lora: adapters to train on it,
+    which are no part of what the network is, nor of its config.json.
 
     A subclass's `__post_init__` calls its parent's by name: `super()` without arguments does not work in a class that
     `slots=True` has rebuilt.
@@ -143,6 +147,7 @@ class ModelConfig:
     in_channels: int = 4
     patch_size: int = 2
     base_size: int = 32
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig, compare=False)
 
     def __post_init__(self) -> None:
         require_positive(self, "in_channels", "patch_size", "base_size")

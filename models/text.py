@@ -1,4 +1,4 @@
-"""Frozen text encoders behind one `encode`, and the `Conditioner` that turns captions into a `Cond`.
+"""Text encoders, frozen but for adapters, behind one `encode`, and the `Conditioner` that turns captions into a `Cond`.
 
 All read the same caption, and what each is follows from the config.json beside its weights:
 
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import Cond, Region
+from models.lora import LoRAConfig
 from models.pretrained import FrozenConfig
 from models.unet import SIZE_DIM
 
@@ -46,7 +47,7 @@ class TextConfig(FrozenConfig):
     SDXL and SD3 take them; else the last, normed, as SD 1.x. length: tokens of each T5. masked: say which tokens are
     padding, to T5 and to the denoiser; public SD, SDXL and SD3 weights were trained without. lower: captions in small
     letters, as PixArt's. empty, width: tokens of zeros behind CLIP's, and how wide, which stand for a T5 left out.
-    zero_null: the null condition is zeros, as SDXL's, and not the empty caption.
+    zero_null: the null condition is zeros, as SDXL's, and not the empty caption. lora: adapters to train on them.
     """
 
     group: ClassVar[str] = "text"
@@ -60,6 +61,7 @@ class TextConfig(FrozenConfig):
     empty: int = 0
     width: int = 0
     zero_null: bool = False
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self):
         if len(self.encoders) != len(self.tokenizers) or not self.encoders:
@@ -124,6 +126,7 @@ class TextEncoders(nn.Module):
         self.length: int = self.clip_length + len(rest) * (config.length or 0) + config.empty
         self.width: int = max(sum(map(_width, clip)), *map(_width, rest), config.width)
         self.pooled_width: int = sum(map(_pooled_width, clip))
+        self.frozen = True  # or adapters learn, so that nothing encoded is worth keeping
         self.home: torch.device | None = None  # where to compute, of encoders whose weights wait elsewhere
 
     @property
@@ -141,6 +144,21 @@ class TextEncoders(nn.Module):
                 tokens += length
         return regions
 
+    def linears(self, pooled: bool) -> list[list[str]]:
+        """Names of the linears of each encoder's layers whose result is read, by `pooled` vectors too or not.
+
+        Of CLIP's states the last but one are read, so that its last layer matters to the pooled vector alone.
+        """
+        found = []
+        for encoder in self.encoders:
+            names, config = [name for name, x in encoder.named_modules() if isinstance(x, nn.Linear)], encoder.config
+            if _is_clip(encoder):
+                last = f".layers.{config.num_hidden_layers - 1}."  # pyright: ignore
+                unread = self.config.penultimate and not (pooled and _pooled_width(encoder))
+                names = [name for name in names if ".layers." in name and not (unread and last in name)]
+            found.append(names)
+        return found
+
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Captions -> (states, mask or None, pooled or None), the floats in float32; captions too long are cut."""
         return self.encode_weighted([[[(caption, 1.0)]] for caption in captions], 1)
@@ -150,7 +168,6 @@ class TextEncoders(nn.Module):
         clip = [one for one, encoder in zip(self.tokenizers, self.encoders, strict=True) if _is_clip(encoder)]
         return max((len(chunks) for one in clip for chunks in self._chunks(one, prompts)), default=1)
 
-    @torch.no_grad()
     def encode_weighted(
         self, prompts: Sequence[Segments], chunks: int | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -159,6 +176,10 @@ class TextEncoders(nn.Module):
         CLIP's states are `chunks` times as long, by default as many as the longest prompt needs: prompts with fewer
         are filled up with empty chunks, and those with more are cut.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self._encode(prompts, chunks)
+
+    def _encode(self, prompts: Sequence[Segments], chunks: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         config, chunks = self.config, chunks or self.chunks_needed(prompts)
         clip, parts = [], []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
@@ -305,7 +326,7 @@ class Conditioner:
 
     def null(self, device: torch.device | str = "cpu", chunks: int = 1) -> Cond:
         """One row: the empty caption in each chunk, zeros, or the label after the last class; sizes are never null."""
-        if chunks not in self._nulls:
+        if chunks not in self._nulls or not (self.text is None or self.text.frozen):
             null = self.weighted([EMPTY], chunks) if self.text else self(class_id=torch.tensor([self.num_classes]))
             if self.text and self.text.config.zero_null:
                 text, pooled = null.text, null.pooled
@@ -313,6 +334,15 @@ class Conditioner:
                 null.pooled = None if pooled is None else torch.zeros_like(pooled)
             self._nulls[chunks] = null
         return self._nulls[chunks].to(device)
+
+    def forget(self) -> None:
+        """Encode the null anew: the encoders have changed."""
+        self._nulls.clear()
+
+    @property
+    def reads_score(self) -> bool:
+        """Whether the model is told an aesthetic score."""
+        return self._columns == SIZE_COLUMNS[5]
 
     def size_ids(self, sizes: Tensor) -> Tensor | None:
         """What the model reads, if anything, of `sizes` (b, 7) as `data.loader.Batch` has them."""

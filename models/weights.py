@@ -89,7 +89,12 @@ def load_strict(model: nn.Module, tensors: Mapping[str, Tensor], source: str, as
 
     assign: let the model take the tensors themselves, with their dtype, instead of copying into its own.
     """
-    wanted = model.state_dict()
+    check_fit(type(model).__name__, model.state_dict(), tensors, source)
+    model.load_state_dict(tensors, assign=assign)
+
+
+def check_fit(name: str, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """ValueError unless the names and shapes are exactly those `wanted` of a network of class `name`."""
     problems = {
         "missing": [key for key in wanted if key not in tensors],
         "extra": [key for key in tensors if key not in wanted],
@@ -100,8 +105,7 @@ def load_strict(model: nn.Module, tensors: Mapping[str, Tensor], source: str, as
         ],
     }
     if any(problems.values()):
-        raise misfit(source, type(model).__name__, problems, CAUSES)
-    model.load_state_dict(tensors, assign=assign)
+        raise misfit(source, name, problems, CAUSES)
 
 
 def misfit(source: str, wanted: str, problems: Mapping[str, list[str]], causes: Causes) -> ValueError:
@@ -130,6 +134,7 @@ def plain_name(key: str) -> str:
 def write_config(config: ModelConfig, folder: Path) -> None:
     """Write config.json with the name of the network's class."""
     described = {"_class_name": type(config).__name__.removesuffix("Config"), **asdict(config)}
+    del described["lora"]
     with appearing(folder / "config.json") as partial:
         partial.write_text(json.dumps(described, indent=2) + "\n")
 

@@ -4,6 +4,7 @@
     optimizer.safetensors (or optimizer/, in parts by rank)  guard.safetensors
     state.json  pipeline.json  config.json  manifest.json
 
+Where adapters are trained, these files hold the adapters alone, and pipeline.json says what they stand on.
 `inference.pipeline` opens it as it is; nothing is pickled. The loop waits while the state is copied to the host; a
 thread writes, hashes, syncs, renames and prunes. Old folders go only after a newer one was read back whole.
 """
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from inference.description import Description
 from models.folder import clean, discard, fault, newest, numbered, publish, write_safetensors
-from models.weights import load_strict, plain_name, read_tensors, unwrap, write_config
+from models.lora import adapters
+from models.weights import check_fit, load_strict, plain_name, read_tensors, unwrap, write_config
 from training import sharded
 
 SCHEMA = 2  # 1 had neither guard nor further averages, and is read
@@ -45,7 +47,7 @@ class CheckpointConfig:
     patience: seconds that the last save of a run waits for room on the disk.
     """
 
-    every: int = 100_000
+    every: int = 100_000  # images between two checkpoints
     keep: int = 2
     keep_every: int | None = None
     snapshot_every: int | None = None
@@ -125,7 +127,7 @@ class Saver:
 
     def check(self, denoiser: nn.Module, emas: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Refuse to start where not even one checkpoint fits; state not made yet is counted as AdamW's."""
-        weights = sum(_nbytes(module.state_dict().values()) for module in (denoiser, *emas.values()))
+        weights = sum(_nbytes(kept(module).values()) for module in (denoiser, *emas.values()))
         moments = _nbytes(optimizer_tensors(denoiser, optimizer).values())
         free = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         reason = self._lacking(weights + (moments or 2 * _nbytes(free)))
@@ -151,7 +153,7 @@ class Saver:
         self._join()
         inner = unwrap(denoiser)
         networks = {"denoiser/model": inner} | {f"denoiser/{name}": unwrap(ema) for name, ema in emas.items()}
-        files = {name: {plain_name(k): t for k, t in net.state_dict().items()} for name, net in networks.items()}
+        files = {name: kept(net) for name, net in networks.items()}
         files |= {"optimizer": optimizer_tensors(denoiser, optimizer), "guard": dict(guard_tensors)}
         parts = any(sharded.is_part(tensor) for file in files.values() for tensor in file.values())
         if self._rank and not parts:
@@ -375,6 +377,7 @@ def resume(
         return None
     found = folder / str(found)
     known = json.loads((found / "config.json").read_text())
+    known["model"] = config["model"] | known["model"]  # an older version had fewer keys
     for key in ("seed", "model"):
         if known[key] != config[key]:
             raise ValueError(
@@ -440,9 +443,21 @@ def read_guard(checkpoint: Path) -> dict[str, Tensor]:
     return load_file(path) if path.exists() else {}
 
 
+def kept(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a module: its adapters where it has some, else everything."""
+    return adapters(module) or {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+
+
 def load_whole(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load whole tensors into a module, sharded or not, strictly."""
-    load_strict(module, sharded.spread(tensors, module.state_dict()), source)
+    """Load whole tensors into what a checkpoint keeps of a module, sharded or not, strictly."""
+    own = adapters(module)
+    if not own:
+        load_strict(module, sharded.spread(tensors, module.state_dict()), source)
+        return
+    check_fit(type(module.config).__name__.removesuffix("Config"), own, tensors, source)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def read_optimizer(checkpoint: Path, module: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from models.autoencoder import AutoencoderConfig
 from models.base import ModelConfig
 from models.layers import Checkpointing
 from models.text import TextConfig
+from training.alignment import AlignConfig, check_alignment
 from training.checkpoint import CheckpointConfig
 from training.distributed import Parallel
 from training.ema import EMAConfig
@@ -33,7 +34,7 @@ class TrainConfig:
     stop_at: int | None = None  # leave after a save once this many images were seen: a run in instalments
     batch_size: int = 256  # global: over all ranks and micro-batches
     micro_batch: int | None = None  # images a rank passes at once; None: its whole share
-    log_every: int = 10_000
+    log_every: int = 10_000  # images between two lines of the log
     text_dropout: float = 0.1  # share of images whose condition is replaced by the null
     encoder_dropout: list[float] = field(default_factory=list)  # of each encoder's part by itself; [] is none
     precision: Precision = Precision.auto
@@ -56,6 +57,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.checkpoint_every={self.checkpoint_every} counts blocks from 1, which recomputes each;"
                 " for none choose train.checkpointing=none"
+            )
+        if self.channels_last and self.parallel is not Parallel.ddp:
+            raise ValueError(
+                f"train.channels_last=true cannot be had with train.parallel={self.parallel.value}: torch shards only"
+                " tensors in the usual order; choose train.parallel=ddp, or train.channels_last=false"
             )
         if self.timeout <= 0 or self.max_restarts < 0:
             raise ValueError(
@@ -91,11 +97,12 @@ class TrainConfig:
 class SampleConfig:
     """The grid of pictures made at fixed seeds while training."""
 
-    every: int = 100_000
+    every: int = 100_000  # images between two grids
     first: int = 10_000  # the first grid comes early, to show that all is well
     prompts: list[str] = field(default_factory=list)  # empty: taken from the data
-    count: int = 8
-    seed: int = 1
+    count: int = 8  # pictures of a grid
+    seed: int = 1  # of their noise, and of the prompts if the data gives them
+    base: str | None = None  # a run folder, checkpoint or pipeline that draws until objective.range begins
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,8 +110,8 @@ class EvaluateConfig:
     """The exam at the end of a run, where the data has one."""
 
     count: int = 0  # prompts of each kind; 0: none
-    batch: int = 50
-    seed: int = 1234
+    batch: int = 50  # pictures drawn together
+    seed: int = 1234  # of prompts and noise
 
 
 INIT_KEYS = {
@@ -119,8 +126,8 @@ class RunConfig:
     """A whole run. `name` names its folder, outputs/<name>, and the same command continues it."""
 
     name: str
-    seed: int = 0
-    outputs: str = "outputs"
+    seed: int = 0  # of all that is drawn: weights, order, captions, noise, times
+    outputs: str = "outputs"  # the folder of all runs
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig
@@ -134,6 +141,7 @@ class RunConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     fp8: FP8Config = field(default_factory=FP8Config)
+    align: AlignConfig = field(default_factory=AlignConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     # a dict, because `from` cannot be the name of a field; its keys are checked below
@@ -160,6 +168,42 @@ class RunConfig:
             raise ValueError(
                 f"model={type(self.model).__name__} reads text, but there are no encoders;"
                 " choose text=shapes or text=sdxl"
+            )
+        if self.model.condition != "text" and self.text is not None and self.text.lora.rank is not None:
+            raise ValueError(
+                f"text.lora.rank={self.text.lora.rank} trains text encoders, which a model of classes does not read;"
+                " give text.lora.rank=null, or model.lora.rank"
+            )
+        check_alignment(self.align, self.model, self.adapts)
+        if self.sample.base and self.objective.range[1] == 1:
+            raise ValueError(
+                f"sample.base={self.sample.base} draws for a refiner, but objective.range={self.objective.range} is of"
+                " a model that draws from noise itself; give sample.base=null, or a range that ends below 1"
+            )
+        if self.adapts:
+            self._check_adapters()
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained, and nothing else."""
+        return self.model.lora.rank is not None or (self.text is not None and self.text.lora.rank is not None)
+
+    def _check_adapters(self) -> None:
+        for wrong, told, right in (
+            (self.train.parallel is not Parallel.ddp, "train.parallel shards a whole network", "train.parallel=ddp"),
+            (self.train.precision is Precision.fp8, "train.precision=fp8 multiplies by weights in training", "bf16"),
+            (
+                self.optim.weights is Weights.bf16,
+                "optim.weights=bf16 would round what stays as it is",
+                "optim.weights=fp32",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"{told}, but lora.rank trains adapters on one that is frozen; choose {right}")
+        if self.text is not None and self.text.lora.rank is not None and self.data.text_states:
+            raise ValueError(
+                f"text.lora.rank={self.text.lora.rank} trains the text encoders, but data.text_states=true reads what"
+                " they once encoded; give data.text_states=false"
             )
 
     @property

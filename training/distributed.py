@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from inference.device import best_device
+from models.lora import base_memo
 from training.restart import exit_code
 from training.sharded import local
 from training.watch import Watch
@@ -171,12 +172,13 @@ def sharded(module: nn.Module) -> bool:
 
 
 def twin(module: Any) -> Any:
-    """A copy in memory of its own; of a sharded denoiser one that is sharded alike, and can be called like it.
+    """A copy in memory of its own, but for what adapters stand on, which is shared; of a sharded denoiser one that is
+    sharded alike, and can be called like it.
 
     A sharded module cannot be deep-copied: a new one is built without memory, sharded, and given the same shares.
     """
     if not sharded(module):
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, base_memo(module))
     first: Any = next(module.parameters())
     with torch.device("meta"):
         made = module.config.build()

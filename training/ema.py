@@ -15,12 +15,14 @@ profiles that is nearest, in least squares over time, to the profile asked for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.lora import adapters
 from training.sharded import local
 
 WIDEST = 0.28  # gamma = 0, the plain mean of all weights, has 1 / sqrt(12) = 0.289
@@ -30,8 +32,8 @@ WIDEST = 0.28  # gamma = 0, the plain mean of all weights, has 1 / sqrt(12) = 0.
 class EMAConfig:
     """Half-life in images, its cap as a share of the images seen so far, and widths of further averages."""
 
-    halflife: int = 500_000
-    rampup: float = 0.05
+    halflife: int = 500_000  # images after which a weight counts half
+    rampup: float = 0.05  # halflife is at most this share of the images seen
     sigma_rel: list[float] = field(default_factory=list)  # [0.05, 0.1] lets any width be made later
 
     def __post_init__(self):
@@ -57,7 +59,9 @@ class EMA:
         self.config = config
         self.gammas = {name_of(width): gamma_of(width) for width in config.sigma_rel}
         names = ["ema", *self.gammas]
-        self.profiles = {name: twin(module).float().eval().requires_grad_(False) for name in names}
+        # adapters are float32, and what they stand on is shared as it is
+        copies = {name: twin(module) if adapters(module) else twin(module).float() for name in names}
+        self.profiles = {name: copied.eval().requires_grad_(False) for name, copied in copies.items()}
 
     @property
     def module(self) -> nn.Module:
@@ -74,9 +78,10 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, images_seen: int, batch_size: int) -> None:
         """Move the averages towards `module`, all tensors at once."""
-        weights = [local(parameter).float() for parameter in module.parameters()]
+        free = [parameter.requires_grad for parameter in module.parameters()]
+        weights = [local(parameter).float() for parameter in compress(module.parameters(), free)]
         for name, average in self.profiles.items():
-            tensors = [local(parameter) for parameter in average.parameters()]
+            tensors = [local(parameter) for parameter in compress(average.parameters(), free)]
             torch._foreach_lerp_(tensors, weights, 1.0 - self.beta(images_seen, batch_size, name))
 
 
@@ -143,5 +148,8 @@ def combine(folders: Sequence[Path], sigma_rel: float, images: int | None = None
             for name in file.keys():  # noqa: SIM118, it is no dict
                 tensor = file.get_tensor(name)
                 dtypes[name] = tensor.dtype
-                total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + weight * tensor.double()
+                if name.endswith(".alpha"):  # an adapter's, the same in all: coefficients do not sum to 1 exactly
+                    total[name] = tensor
+                else:
+                    total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + weight * tensor.double()
     return {name: tensor.to(dtypes[name]) for name, tensor in total.items()}

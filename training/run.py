@@ -21,7 +21,9 @@ from inference.description import Description, plain
 from inference.device import Precision, precision
 from inference.pipeline import Pipeline
 from models.folder import hold, numbered
+from models.lora import adapt, parts
 from models.text import Conditioner, TextEncoders
+from models.weights import appearing
 from training.checkpoint import Saver, TrainState, read_guard, resume
 from training.config import RunConfig
 from training.distributed import Ranks, session, sharded, synchronised
@@ -39,9 +41,10 @@ from training.optim import (
     learning_rate,
     set_rate,
 )
-from training.origin import inherit
+from training.origin import inherit, stand_on_base
 from training.pairing import check_pairing
 from training.precision import MainGrads, Recipe, convert, recipe
+from training.refiner import Refined, told_scores
 from training.restart import check_progress, note_exit, note_start
 from training.speed import (
     Compile,
@@ -52,7 +55,7 @@ from training.speed import (
     compile_denoiser,
     compile_seconds,
 )
-from training.step import clean, condition, losses
+from training.step import check_contrast, clean, condition, losses
 
 
 def run(cfg: RunConfig) -> dict[str, Any]:
@@ -75,6 +78,7 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     say = print if ranks.main else lambda _: None
     micro_batch = cfg.train.micro_batch_of(ranks.world)
     check_pairing(micro_batch, cfg.objective.pairing)
+    check_contrast(micro_batch, cfg.objective.contrast)
     sets = open_data(cfg, ranks)
     dtype = precision(cfg.train.precision, ranks.device)
     masked = cfg.model.condition == "text" and cfg.text is not None and cfg.text.masked
@@ -89,7 +93,8 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     torch.manual_seed(cfg.seed)
     text = cfg.text.build().to(ranks.device) if cfg.text and cfg.model.condition == "text" else None
     check_text(cfg, text, sets)
-    conditioner = Conditioner(text, getattr(cfg.model, "num_classes", None), getattr(cfg.model, "vector_dim", 0))
+    numbers = getattr(cfg.model, "num_classes", None), getattr(cfg.model, "vector_dim", 0)
+    conditioner = Conditioner(text, *numbers)
     autoencoder = cfg.vae.build().to(ranks.device)
     check_autoencoder(cfg, sets, autoencoder.info()["id"])
     denoiser: Any = cfg.model.build().to(ranks.device)
@@ -97,6 +102,7 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     if cfg.train.channels_last:
         channels_last(denoiser)
     objective = Objective(cfg.objective)
+    alignment = cfg.align.build(cfg.model, autoencoder).to(ranks.device) if cfg.align.weight else None
     description = Description(
         objective=cfg.objective,
         sampler=cfg.sampler,
@@ -109,14 +115,17 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     checkpoints = cfg.folder / "checkpoints"
     if ranks.main:
         held.enter_context(hold(cfg.folder, say))
-    if cfg.init["from"] and not numbered(checkpoints):
+    if cfg.adapts:
+        description.base = stand_on_base(denoiser, cfg.init, checkpoints, description, say)
+    elif cfg.init["from"] and not numbered(checkpoints):
         inherit(denoiser, cfg.init, description, say)
+    trained = adapt(denoiser, text)
     converted = convert(denoiser, fp8, cfg.fp8) if mesh else []
     ranks.shard(denoiser, cfg.train.parallel, dtype)
-    optimizer, ema, guard = build_optimizer(denoiser, cfg.optim), EMA(denoiser, cfg.ema), Guard(cfg.guard, ranks.device)
+    optimizer, ema, guard = build_optimizer(trained, cfg.optim), EMA(trained, cfg.ema), Guard(cfg.guard, ranks.device)
     saver = held.enter_context(Saver(checkpoints, cfg.checkpoint, say))
-    saver.check(denoiser, ema.profiles, optimizer)
-    state = resume(checkpoints, denoiser, ema.profiles, optimizer, plain_config, say)
+    saver.check(trained, ema.profiles, optimizer)
+    state = resume(checkpoints, trained, ema.profiles, optimizer, plain_config, say)
     check_state(optimizer)
     if state:
         say(f"{cfg.name} continues from {state.images_seen:,} images")
@@ -131,42 +140,49 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     if converted:
         say(f"fp8 in {len(converted)} linear layers: {fp8.value}")
     records = sum(map(len, sets))
-    say(f"{sum(p.numel() for p in denoiser.parameters()):,} parameters, {records:,} records, {ranks.world} ranks")
+    free = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in trained.parameters())
+    say(f"{total:,} parameters, {sum(map(torch.numel, free)):,} of them trained")
+    say(f"{records:,} records, {ranks.world} ranks")
 
     stop = min(cfg.train.images, cfg.train.stop_at or cfg.train.images)
     if state.images_seen < stop:
         starts = ranks.largest(note_start(cfg.folder, state.images_seen) if ranks.main else 0)
         check_progress(cfg.folder, state.images_seen, starts, cfg.train.max_restarts, ranks.main)
     if ranks.main:
-        (cfg.folder / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False))
+        with appearing(cfg.folder / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump(plain_config, sort_keys=False))
     journal = Journal(cfg.folder, cfg.logger, ranks, cfg.name, cfg.train.images, state.images_seen)
-    pipeline = Pipeline(ema.module, conditioner, autoencoder, description, ranks.device, dtype)
-    draws = cfg.objective.range[1] == 1
+    average, words = parts(ema.module)
+    pipeline = Pipeline(average, Conditioner(words or text, *numbers), autoencoder, description, ranks.device, dtype)
+    together = sharded(denoiser)  # then all ranks draw, and one of them writes
+    artist = Refined(cfg.sample.base, pipeline) if cfg.sample.base and (ranks.main or together) else pipeline
+    draws = cfg.objective.range[1] == 1 or cfg.sample.base is not None
     if not draws:
-        say("trained at low noise alone, it draws nothing by itself: no grids of pictures, and no exam")
+        say("trained at low noise alone, it draws nothing by itself: no grids of pictures, and no exam; for these give"
+            " sample.base=..., a model that begins them")  # fmt: skip
+    if conditioner.reads_score:
+        say(told_scores(sets))
     shown = subjects(
         cfg, [caption for row in range(min(len(sets[0]), cfg.sample.count)) for caption in captions_of(sets[0], row)]
     )
 
-    together = sharded(denoiser)  # then all ranks draw, and one of them writes
-
     def save() -> None:
         guard.check(checkpoints)
         with ranks.alone():  # the one before may still be on its way to the disk
-            saver.save(state, denoiser, ema.profiles, optimizer, guard.tensors(), description, plain_config)
+            saver.save(state, trained, ema.profiles, optimizer, guard.tensors(), description, plain_config)
 
     def draw() -> None:
         with ranks.alone():
             if draws and (ranks.main or together):
                 path = f"samples/{state.images_seen:09d}.png"
-                drawn = draw_grid(pipeline, shown, cfg.sample.seed, cfg.folder / path if ranks.main else None)
+                drawn = draw_grid(artist, shown, cfg.sample.seed, cfg.folder / path if ranks.main else None)
                 journal.write("sample", state.images_seen, {"path": path} | drawn)
             ranks.barrier()
 
     compile_denoiser(denoiser, cfg.train.compile)
     compiling = compile_seconds() if cfg.train.compile is not Compile.none else None
-    wrapped = ranks.wrap(denoiser, cfg.train.parallel, dtype)
-    free = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    wrapped = ranks.wrap(trained, cfg.train.parallel, dtype)
     autocast = torch.autocast(ranks.device.type, dtype) if dtype is torch.bfloat16 else nullcontext()
     work, (peak, source) = Work(denoiser), peak_tflops(ranks.device, dtype)
     journal.write("device", state.images_seen, {"peak_tflops": peak, "source": source, "dtype": str(dtype)})
@@ -193,8 +209,10 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
                         batch, conditioner, cfg.train.text_dropout, cfg.seed, ranks.device, cfg.train.encoder_dropout
                     )
                     x0 = clean(batch, cfg.seed)
-                    found = losses(wrapped, objective, x0, cond, batch.positions, cfg.seed, cfg.train.batch_size)
-                    weighted, unweighted, t = readable(batch, *found)
+                    loss, *found = losses(
+                        wrapped, objective, x0, cond, batch.positions, cfg.seed, cfg.train.batch_size, alignment
+                    )
+                    weighted, unweighted, t = readable(batch, batch.weight * loss, *found)
                 loss = weighted.sum() / share
                 guard.watch(loss, last)
                 loss.backward()
@@ -211,7 +229,7 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
             guard.veto(norm)  # to remember and count: each parameter has judged for itself
         sums.add_step(norm, skipped)
         with averaged(optimizer):
-            ema.update(denoiser, state.images_seen, cfg.train.batch_size)
+            ema.update(trained, state.images_seen, cfg.train.batch_size)
         state.step += 1
         ranks.advance(state.step)
         journal.advance(cfg.train.batch_size)
@@ -264,10 +282,11 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
         saver.wait()
         whole = state.images_seen >= cfg.train.images
         if whole and draws and cfg.evaluate.count and cfg.data.exam and (ranks.main or together):
-            result = take_exam(pipeline, cfg)
+            result = take_exam(artist, cfg)
             journal.write("eval", state.images_seen, result)
             if ranks.main:
-                (cfg.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+                with appearing(cfg.folder / "evaluation.json") as partial:
+                    partial.write_text(json.dumps(result, indent=2) + "\n")
         journal.close()
         ranks.barrier()
     return result if state.images_seen >= stop else None

@@ -204,6 +204,25 @@ def test_eight_bits_are_enough_beside_outliers():
     assert np.sqrt(((np.rint(x / token) * token - x)[:, plain] ** 2).mean()) > 10 * error
 
 
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (3.0, 1.0)])
+def test_prior_preservation_counts_the_mean_loss_of_each_set(folders, shares):
+    """mean(instance) + 0.3 mean(prior), whatever the shares, is the mean of the weighted losses of whole rounds."""
+    instance, prior = folders
+    config = mixed(folders, shares, losses={instance: 1.0, prior: 0.3})
+    made = batches(config, stop=24 * 64)
+    weights, sets = [], []
+    for batch in made.loader():
+        weights.append(batch.weight)
+        sets.append(made.ledger(batch.positions.numpy())[0])
+    weights, sets = torch.cat(weights).double().numpy(), np.concatenate(sets)
+    losses = np.where(sets == 0, 2.0, 7.0) + np.random.default_rng(0).standard_normal(len(sets))
+    means = [losses[sets == one].mean() for one in range(2)]
+    counted = [(sets == one).mean() * weights[sets == one][0] for one in range(2)]
+    assert counted == pytest.approx([1.0, 0.3], rel=0.02)
+    assert (weights * losses).mean() == pytest.approx(means[0] + 0.3 * means[1], rel=0.02)
+    assert (batches(mixed(folders, shares))[0].weight == 1).all()
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
@@ -233,3 +252,13 @@ def test_a_caption_without_states(folders):
     reader = ShardReader(folders[0])
     with pytest.raises(ValueError, match=r"holds no text states of the caption 'never'; prepare the data set again"):
         reader.texts(["0 1 alt", "never"])
+
+
+@pytest.mark.parametrize("losses", [{"a": 1.0}, {"a": 1.0, "c": 1.0}])
+def test_losses_are_of_the_sets_of_the_mix(losses):
+    with pytest.raises(
+        ValueError, match=r"data.losses=.* does not weigh the sets of data.mix=.*; give a weight for each"
+    ):
+        DataConfig(mix={"a": 1.0, "b": 1.0}, losses=losses, resolution=32)
+    with pytest.raises(ValueError, match=r"data.losses=.* has weights that must be at least 0 and not all 0"):
+        DataConfig(mix={"a": 1.0, "b": 1.0}, losses={"a": -1.0, "b": 1.0}, resolution=32)

@@ -356,6 +356,72 @@ def test_several_add_up(tmp_path):
         torch.testing.assert_close(x, before[name], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("form", [peft, kohya])
+def test_the_rows_of_a_dora_have_its_norms(form, tmp_path):
+    """m (W + s B A) / |W + s B A| by rows, of public tensors, which are parts of ours and convolutions too."""
+    network = build("unet")
+    public: Any = to_diffusers(copy.deepcopy(network))
+    factors = draw_factors(public, 0.7)
+    tensors, told, scale = form(factors, "unet")
+    for i, (name, (a, b)) in enumerate(factors.items()):
+        weight = public.get_submodule(name).weight.data
+        norms = noise(len(weight), seed=i).abs() + 0.5
+        if form is peft:
+            tensors[f"unet.{name}.lora_magnitude_vector"] = norms[None, :, None, None] if weight.ndim > 2 else norms
+        else:
+            tensors[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = norms.view(-1, *[1] * (weight.ndim - 1))
+        sum_ = weight + scale * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+        whole = sum_.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
+        turned = norms.double().view(whole.shape) * sum_ / whole
+        weight.add_(0.7 * (turned - weight))
+    path = write(tmp_path / "a.safetensors", tensors, told)
+    plain = to_diffusers(copy.deepcopy(network))
+    apply(network, None, [(path, 0.7)])
+    assert_same_answers(network, public, plain)
+
+
+def test_files_are_stacked_and_taken_off_again(tmp_path):
+    """Two at once are the sum of what each alone does, DoRA too; without them every bit of the base is back."""
+    from inference.pipeline import Pipeline
+
+    pipeline = Pipeline.load("assets/shapes/pipeline", device="cpu")
+    network, text = pipeline.denoiser, pipeline.conditioner.text
+    assert text is not None
+    before = copy.deepcopy(network.state_dict() | text.state_dict())
+    for seed, name in enumerate(("style", "figure")):
+        tensors = {}
+        for part, module in (("denoiser", network), ("text_encoder", text.encoders[0])):
+            for layer, (a, b) in draw_factors(module, 0.5, seed=seed).items():
+                tensors |= {f"{part}.{layer}.lora_A.weight": a, f"{part}.{layer}.lora_B.weight": b}
+                if part == "denoiser" and seed:
+                    tensors[f"{part}.{layer}.lora_magnitude_vector"] = noise(len(b), seed=seed).abs() + 1
+        write(tmp_path / f"{name}.safetensors", tensors)
+    weights = {"style": 0.7, "figure": 0.5}
+    alone, null = [], pipeline.conditioner.null().text
+    for name, weight in weights.items():
+        pipeline.set_loras([(tmp_path / name, weight)])
+        now = network.state_dict() | text.state_dict()
+        alone.append({key: now[key] - x for key, x in before.items() if x.is_floating_point()})
+        assert not torch.equal(pipeline.conditioner.null().text, null)
+    pipeline.set_loras([(tmp_path / name, weight) for name, weight in weights.items()])
+    now = network.state_dict() | text.state_dict()
+    for key, delta in alone[0].items():
+        torch.testing.assert_close(now[key] - before[key], delta + alone[1][key], atol=2e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="absent is not a .safetensors file"):
+        pipeline.set_loras([(tmp_path / "absent", 1.0)])
+    now, again = copy.deepcopy(now), network.state_dict() | text.state_dict()
+    assert all(torch.equal(again[key], x) for key, x in now.items())
+    pipeline.set_loras([])
+    now = network.state_dict() | text.state_dict()
+    assert all(torch.equal(now[key], x) for key, x in before.items())
+    assert torch.equal(pipeline.conditioner.null().text, null)
+
+
+def test_a_folder_that_is_no_lora_is_refused():
+    with pytest.raises(ValueError, match="pipeline holds a whole network and no LoRA; give a LoRA's file, or a run of"):
+        apply(build("unet"), None, [("assets/shapes/pipeline", 1.0)])
+
+
 def test_a_weight_of_nothing_changes_no_bit(tmp_path):
     network = build("unet").float()
     with torch.no_grad():
@@ -404,8 +470,9 @@ ALPHA, PATTERN = "unet.lora_alpha", "unet.alpha_pattern"
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({f"{QUERY}.lora_magnitude_vector": torch.ones(32)}, "is a DoRA, by its tensor unet.mid_block.*give a plain"),
-        ({"lora_unet_mid.dora_scale": torch.ones(32)}, "is a DoRA, by its tensor"),
+        ({f"{QUERY}.lora_magnitude_vector": torch.ones(31)}, "to_q has 31 norms, which must be 32 finite numbers"),
+        ({f"{QUERY}.dora_scale": torch.ones(1, 32)}, "to_q has norms of columns, and only those of rows are read"),
+        ({"lora_unet_mid.dora_scale": torch.ones(32)}, "lora_unet_mid lacks its factor"),
         ({"lora_unet_mid.hada_w1_a": torch.ones(2, 2)}, "is a LoHa, by its tensor lora_unet_mid.hada_w1_a"),
         ({"lora_unet_mid.lokr_w1": torch.ones(2, 2)}, "is a LoKr"),
         ({"lora_unet_mid.oft_blocks": torch.ones(2, 2)}, "is an OFT"),

@@ -69,6 +69,8 @@ def draw_settings(seed: int) -> Settings:
             rho=pick.choice([7.0, 5.5]),
             ramp_max=maybe(14.6),
             tolerance=pick.choice([1e-3, 1e-5]),
+            aesthetic=pick.choice([6.0, 7.25]),
+            negative_aesthetic=pick.choice([2.5, 4.0]),
         ),
         strength=pick.choice([1.0, pick.random()]),
         image=maybe(fingerprint(PIXELS)),
