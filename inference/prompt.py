@@ -19,8 +19,10 @@ prompt that says none of this comes out as it went in.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from models.text import Fragment
+if TYPE_CHECKING:  # which imports torch, and pictures are also drawn where there is none
+    from models.text import Fragment
 
 STRONGER = 1.1
 LARGEST = 1000.0  # of a weight: any number may be typed, and the states must stay finite
@@ -76,7 +78,7 @@ class Part:
     weight: float
     body: Body
 
-    def at(self, step: int, steps: int) -> tuple[tuple[Fragment, ...], ...]:
+    def at(self, step: int, steps: int) -> "tuple[tuple[Fragment, ...], ...]":
         """What to encode at `step` of `steps`, counted from 0: between BREAKs, texts and their weights.
 
         Neighbours of equal weight are one fragment. Segments without a word are left out, but there is always one.
@@ -191,7 +193,7 @@ def _flat(body: Body, weight: float, step: int, steps: int) -> Iterator[tuple[st
             yield node, weight
 
 
-def _append(segment: list[Fragment], text: str, weight: float) -> None:
+def _append(segment: "list[Fragment]", text: str, weight: float) -> None:
     """Add a fragment, or lengthen the last one; white space takes the weight of its neighbour."""
     if segment:
         last, last_weight = segment[-1]

@@ -57,7 +57,9 @@ def to_public(pipeline: Pipeline) -> Any:
 def _unet_parts(pipeline: Pipeline) -> tuple[str, dict[str, Any]]:
     config = pipeline.denoiser.config
     text = _text(pipeline, masked=False, zeros=config.vector_dim > 0)
-    parts = {"unet": to_diffusers(pipeline.denoiser), "vae": without_shift(pipeline.autoencoder)}
+    statistics = config.vector_dim and isinstance(pipeline.autoencoder.shift, torch.Tensor)  # SDXL's know of them
+    vae = pipeline.autoencoder.module if statistics else without_shift(pipeline.autoencoder)
+    parts = {"unet": to_diffusers(pipeline.denoiser), "vae": vae}
     if not config.vector_dim:
         _require(_classes(text) == [CLIP] and not text.config.penultimate, text, "one CLIPTextModel's last states")
         checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -134,6 +136,11 @@ def without_shift(autoencoder: Autoencoder) -> Any:
 
     z - shift is a bias of the last convolution before the latents, z + shift one of the first after them.
     """
+    if isinstance(autoencoder.shift, torch.Tensor):
+        raise ValueError(
+            "the autoencoder has latents_mean and latents_std, which SDXL's pipelines alone know of; choose a UNet with"
+            " SDXL's text encoders, or an autoencoder without"
+        )
     if not autoencoder.shift:
         return autoencoder.module
     module = copy.deepcopy(autoencoder.module)
