@@ -6,6 +6,7 @@ below ever sees a DictConfig.
 """
 
 import difflib
+import errno
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ from models.mmdit import MMDiTConfig
 from models.pixart import PixArtConfig
 from models.text import TextConfig
 from models.unet import UNetConfig
+from training.checkpoint import FULL
 from training.config import RunConfig
 from training.metrics import LoggerConfig
 from training.optim import OptimConfig
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from prepare.pipeline import PrepareConfig
 
 CONFIGS = Path(__file__).parent
+UNWRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)
+PLUGINS = {"submitit": "hydra-submitit-launcher", "optuna": "hydra-optuna-sweeper"}
 SCHEMAS = {
     "data/shards": DataConfig,
     "model/ccdit": CCDiTConfig,
@@ -108,8 +112,9 @@ def main(config_name: str) -> Callable[[Callable[[RunConfig], Any]], Callable[[]
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(composed)()
                 for cfg in alone:
                     task(to_run_config(cfg))
-            except (ValueError, FloatingPointError, OmegaConfBaseException, HydraException) as error:
-                if os.environ.get("TRIPTYCH_TRACEBACK"):
+            except (ValueError, FloatingPointError, OSError, OmegaConfBaseException, HydraException) as error:
+                strange = getattr(error, "errno", None) not in (None, *UNWRITABLE)
+                if os.environ.get("TRIPTYCH_TRACEBACK") or strange:
                     raise
                 sys.exit(f"error: {explain(error, config_name)}")
 
@@ -164,6 +169,11 @@ def explain(error: BaseException, config_name: str) -> str:
     for cause in causes:
         if type(cause) in (ValueError, FloatingPointError):
             return str(cause)
+        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+            return (
+                f"{cause.filename or 'a file'} cannot be written: {cause.strerror}; whatever was saved is whole: make"
+                " room, or give the right to write, and start the same command again"
+            )
     text = " ".join(" ".join(str(cause).split()) for cause in causes)
     if missed := re.search(r"Could not override '([^']+)'", text):
         known = keys(compose_raw(config_name, []))
@@ -178,6 +188,11 @@ def explain(error: BaseException, config_name: str) -> str:
         return f"{wrong[1]} is not a choice; choose one of {wrong[2]}"
     if wrong := re.search(r"Error merging override (\S+) (.*?)(?: full_key|$)", text):
         return f"{wrong[1]} does not fit: {wrong[2]}"
+    if absent := re.search(r"Could not (?:find|load) 'hydra/(launcher|sweeper)/([a-z]+)[^']*'", text):
+        kind, name = absent.groups()
+        if plugin := PLUGINS.get(name):
+            return f"hydra/{kind}={'slurm' if name == 'submitit' else name} needs a plugin: pip install {plugin}"
+        return f"hydra/{kind}={name} is not a choice; choose basic, or install the plugin that has it"
     if wrong := re.search(r"Could not find '(\w+)/([^']+)' Available options in '\w+': (.*?) Config search", text):
         return f"{wrong[1]}={wrong[2]} is not a choice; choose one of {', '.join(wrong[3].split())}"
     if wrong := re.search(r"Missing mandatory value: (\S+)", text):

@@ -1,5 +1,8 @@
 """Every YAML composes, every key is known, and bad input gets one sentence with the way out."""
 
+import errno
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,7 +34,7 @@ def test_each_choice_of_each_group_composes(group):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_each_experiment_composes_with_its_stage(experiment):
     for stage in [stage for stage in STAGES if stage in experiment] or STAGES:  # named by no stage: for every one
-        compose(stage, [f"experiment={experiment}"])
+        compose(stage, [f"experiment={experiment}", "data.path=any", "init.from=any"])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -85,3 +88,42 @@ def test_multirun_under_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="without torchrun"):
         main("stage1")(lambda cfg: None)()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("hydra/launcher=slurm", "hydra/launcher=slurm needs a plugin: pip install hydra-submitit-launcher"),
+        ("hydra/sweeper=optuna", "hydra/sweeper=optuna needs a plugin: pip install hydra-optuna-sweeper"),
+        ("hydra/launcher=cloud", "hydra/launcher=cloud is not a choice; choose basic, or install the plugin"),
+    ],
+)
+def test_a_plugin_that_is_not_installed_is_named_with_its_command(override, sentence, tmp_path):
+    script = (
+        "import sys, types; sys.modules['hydra_plugins'] = empty = types.ModuleType('hydra_plugins')\n"
+        "empty.__path__, sys.argv = [], ['train_stage1.py', '-m', sys.argv[1]]\n"
+        "from configs.schema import main; main('stage1')(lambda cfg: None)()"
+    )
+    command, root = [sys.executable, "-c", script, override], CONFIGS.parent
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {sentence}"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_what_cannot_be_written_is_one_sentence_and_other_errors_of_the_system_are_not(number, monkeypatch):
+    def refuse(cfg: object) -> None:
+        raise OSError(number, "No", "outputs/run/config.yaml")
+
+    monkeypatch.setattr(sys, "argv", ["train_stage1.py"])
+    with pytest.raises(SystemExit, match="error: outputs/run/config.yaml cannot be written: No; whatever was saved is"):
+        main("stage1")(refuse)()
+
+    def missing(cfg: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No", "a bug")
+
+    with pytest.raises(FileNotFoundError):
+        main("stage1")(missing)()
