@@ -149,6 +149,10 @@ class ObjectiveConfig:
 
     Noise: `offset_noise` is the amplitude of a second noise, one number a channel, which hides a picture's mean as the
     first hides its details. `pairing`: neighbouring images among which noises are dealt so that each lies near its own.
+
+    `contrast`: the share lambda of the error to another image's target that is taken off the loss (contrastive flow
+    matching, Stoica et al. 2025, arXiv:2506.05350: 0.05). The best prediction is then no longer E[target | x_t], but
+    (E[target | x_t] - lambda E[target])/(1 - lambda): it overshoots, much as guidance does, and wants less of that.
     """
 
     prediction: Prediction = Prediction.eps
@@ -174,6 +178,7 @@ class ObjectiveConfig:
     huber: float | None = None
     offset_noise: float = 0.0  # SDXL: 0.05
     pairing: int = 1
+    contrast: float = 0.0
     network_time: NetworkTime = NetworkTime.noise
 
     def __post_init__(self) -> None:
@@ -240,6 +245,13 @@ class ObjectiveConfig:
             raise ValueError(f"objective.floor={self.floor} is not between 0 and gamma={self.gamma}; choose 0 or 1")
         if self.pairing < 1:
             raise ValueError(f"objective.pairing={self.pairing} counts images; choose 1 for none, or more")
+        if not 0 <= self.contrast < 1:
+            raise ValueError(f"objective.contrast={self.contrast} is not from 0 to below 1; choose 0 for none, or 0.05")
+        if self.contrast and self.prediction is not Prediction.flow:
+            raise ValueError(
+                f"objective.contrast={self.contrast} parts flows, but objective.prediction={self.prediction.name};"
+                " set prediction=flow, or contrast=0"
+            )
 
     def _reaches_noise(self) -> bool:
         """Whether training may see t = 1, where nothing is left of x0."""

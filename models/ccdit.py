@@ -11,7 +11,7 @@ modulation of PixArt in closed form.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,13 +91,15 @@ class CCDiT(PatchTransformer):
             if isinstance(part, Block):
                 init_zero(part.modulation)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Predict from x_t (b, c, h, w) at t (b,) given cond.class_id (b,), None meaning the null class everywhere."""
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, kept: Tensor | None = None, aligned: bool = False) -> Any:
+        """Predict from x_t (b, c, h, w) at t (b,) given cond.class_id (b,), None meaning the null class everywhere.
+
+        kept and aligned are for training: see `walk` and `output`.
+        """
         x = self.tokens(x_t)  # b n hidden
         c = F.silu(self.embed_time(t) + self.embed_class(cond.class_id))  # b hidden
-        for block in self.blocks:
-            x = self.run(block, x, c)
-        return self.image(self.final(x, c), *x_t.shape[2:])
+        x, seen = self.walk(x, lambda block, x: self.run(block, x, c), kept)
+        return self.output(self.image(self.final(x, c), *x_t.shape[2:]), seen, aligned)
 
     def embed_class(self, class_id: Tensor | None) -> Tensor:
         """Class rows (b, hidden); the null row (1, hidden) without a class."""

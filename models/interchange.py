@@ -75,7 +75,8 @@ def to_diffusers(denoiser: nn.Module) -> nn.Module:
     """The public module of the same function. They may share memory."""
     inner: Any = unwrap(denoiser)
     twin, module, tensors = _twin(inner.config), public_twin(inner.config), {}
-    public, weights = module.state_dict(), inner.state_dict()
+    public = module.state_dict()
+    weights = {name: tensor for name, tensor in inner.state_dict().items() if not name.startswith("projector.")}
     for ours, place in places(inner.config, weights, public).items():
         tensor = weights[ours]
         if missing := [part for part in place.names if part not in public]:

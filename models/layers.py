@@ -10,7 +10,7 @@ Tensor names are common to the networks, so that surgery can copy a trunk by nam
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -31,15 +31,23 @@ class TransformerConfig(ModelConfig):
     hidden: width. qk_norm: RMS-normalise queries and keys per head, for stable training in low precision.
     positions: see `models.embed`. variance: the last linear also makes DDPM's learnt variance, as in the public weights
     of DiT and PixArt; it is kept with them and never returned.
+
+    Of training alone: route: the share of the picture's tokens that skip the blocks from the first to the last of
+    route_blocks (TREAD, Krause et al. 2025, arXiv:2501.04765: 0.5). align_dim: width of the features that a projector
+    makes of the tokens after align_depth blocks, for `training.alignment`; 0 for none.
     """
 
     hidden: int = 1152
-    depth: int = 28
-    heads: int = 16
-    mlp_ratio: int = 4
+    depth: int = 28  # blocks
+    heads: int = 16  # of attention
+    mlp_ratio: int = 4  # inner width of the MLP, in widths
     qk_norm: bool = False
     positions: str = "centre"
     variance: bool = False
+    route: float = 0.0
+    route_blocks: list[int] = field(default_factory=list)  # [first, last]
+    align_dim: int = 0
+    align_depth: int = 8  # blocks before the features are taken
 
     @property
     def patch_width(self) -> int:
@@ -62,6 +70,24 @@ class TransformerConfig(ModelConfig):
         known = [kind for kind in POSITIONS if kind != "crop" or hasattr(self, "table_size")]
         if self.positions not in known:
             raise ValueError(f"model.positions={self.positions!r} is not known here; choose one of {', '.join(known)}")
+        self._check_training()
+
+    def _check_training(self) -> None:
+        if not 0 <= self.route < 1:
+            raise ValueError(f"model.route={self.route} is no share of tokens to skip; choose 0 for none, or 0.5")
+        ends, quarter = self.route_blocks, self.depth // 4
+        if self.route and not (len(ends) == 2 and 0 <= ends[0] <= ends[1] < self.depth):
+            raise ValueError(
+                f"model.route_blocks={ends} is not the first and the last of the blocks 0 to {self.depth - 1} that"
+                f" model.route={self.route} skips; give two, such as [{quarter}, {self.depth - 1 - quarter}]"
+            )
+        if self.align_dim < 0:
+            raise ValueError(f"model.align_dim={self.align_dim} is no width; give the encoder's, or 0 for no alignment")
+        if self.align_dim and not 1 <= self.align_depth <= self.depth:
+            raise ValueError(
+                f"model.align_depth={self.align_depth} is not among the {self.depth} blocks;"
+                f" choose about a third of them, {max(1, self.depth // 3)}"
+            )
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -103,7 +129,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     parts = [
         F.scaled_dot_product_attention(part.transpose(1, 2), k, v, attn_mask=mask)
-        for part in q.split(_slice or q.shape[1], 1)
+        for part in ([q] if _slice is None else q.split(_slice, 1))  # a dynamic size cannot be split by itself
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2).flatten(2)
 
@@ -284,6 +310,8 @@ class PatchTransformer(Denoiser):
         p = config.patch_size
         self.patch_embed = nn.Conv2d(config.in_channels, config.hidden, kernel_size=p, stride=p)
         self.time_mlp = MLP(TIME_DIM, config.hidden, config.hidden, F.silu)
+        width = config.mlp_ratio * config.hidden
+        self.projector = MLP(config.hidden, width, config.align_dim, F.silu) if config.align_dim else None
 
     def tokens(self, x: Tensor) -> Tensor:
         """Patches as tokens, in reading order, with their positions added: (b, c, h, w) -> (b, n, hidden)."""
@@ -298,6 +326,31 @@ class PatchTransformer(Denoiser):
             grid, config.base_size // p, config.hidden, config.positions, self.table_size, x.device, dtype
         )
         return place + x.flatten(2).mT  # `place` first: the sum takes its memory order, and all that follows too
+
+    def walk(
+        self, x: Tensor, step: Callable[[nn.Module, Tensor], Tensor], kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The picture's tokens (b, n, hidden) through the blocks by `step`: as they come out, and after `align_depth`.
+
+        kept (b, k): indices of the tokens that `route_blocks` see; the others come back unchanged behind these.
+        """
+        config, whole, seen = self.config, x, x
+        first, last = config.route_blocks or (-1, -1)
+        for i, block in enumerate(self.blocks):  # pyright: ignore[reportArgumentType]
+            if kept is not None and i == first:
+                whole, x = x, take(x, kept)
+            x = step(block, x)
+            if kept is not None and i == last:
+                x = whole.scatter(1, _rows(kept, x), x.to(whole.dtype))
+            seen = x if i + 1 == config.align_depth else seen
+        return x, seen
+
+    def output(self, image: Tensor, seen: Tensor, aligned: bool) -> Any:
+        """The prediction; if `aligned`, a pair of it and the projected tokens (b, n or k, align_dim)."""
+        if not aligned:
+            return image
+        assert self.projector is not None  # `check_alignment` has asked for align_dim
+        return image, self.projector(seen)
 
     def image(self, x: Tensor, height: int, width: int) -> Tensor:
         """Undo the patches: (b, n, p * p * c) -> (b, c, height, width), without a variance."""
@@ -329,6 +382,15 @@ def init_zero(*linears: nn.Linear | nn.Conv2d) -> None:
     for linear in linears:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
+
+
+def take(x: Tensor, kept: Tensor) -> Tensor:
+    """Tokens (b, k, d) of x (b, n, d) by their indices (b, k)."""
+    return x.gather(1, _rows(kept, x))
+
+
+def _rows(kept: Tensor, x: Tensor) -> Tensor:
+    return kept[..., None].expand(-1, -1, x.shape[-1])
 
 
 def text_states(text: Tensor | None, mask: Tensor | None, width: int) -> Tensor:

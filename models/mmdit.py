@@ -10,6 +10,7 @@ linear start at zero, so the network's first output is zero.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,8 @@ class MMDiTConfig(TransformerConfig):
     hidden: int = 1536
     depth: int = 24
     heads: int = 24
-    text_dim: int = 4096
-    pooled_dim: int = 2048
+    text_dim: int = 4096  # width of the text states
+    pooled_dim: int = 2048  # width of the pooled text state
     table_size: int = 192
     dual: int = 0
 
@@ -135,8 +136,11 @@ class MMDiT(PatchTransformer):
             if isinstance(part, Stream):
                 init_zero(part.modulation)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Predict from x_t (b, c, h, w) at t (b,) given cond.text (b, m, text_dim), .text_mask and .pooled (b, p)."""
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, kept: Tensor | None = None, aligned: bool = False) -> Any:
+        """Predict from x_t (b, c, h, w) at t (b,) given cond.text (b, m, text_dim), .text_mask and .pooled (b, p).
+
+        kept and aligned are for training: see `walk` and `output`.
+        """
         text = text_states(cond.text, cond.text_mask, self.config.text_dim)
         if cond.pooled is None or cond.pooled.shape[-1] != self.config.pooled_dim:
             width = "None" if cond.pooled is None else f"{cond.pooled.shape[-1]} wide"
@@ -149,6 +153,12 @@ class MMDiT(PatchTransformer):
         c = F.silu(self.embed_time(t) + self.pooled_mlp(cond.pooled))  # b hidden
         mask = cond.text_mask  # b m; as keys b 1 1 m+n, all of the picture being open
         mask = None if mask is None else F.pad(mask, (0, image.shape[1]), value=True)[:, None, None]
-        for block in self.blocks:
-            text, image = self.run(block, text, image, c, mask)
-        return self.image(self.final(image, c), *x_t.shape[2:])
+
+        def step(block: nn.Module, image: Tensor) -> Tensor:
+            nonlocal text
+            keys = mask if mask is None or kept is None else mask[..., : text.shape[1] + image.shape[1]]
+            text, image = self.run(block, text, image, c, keys)
+            return image
+
+        image, seen = self.walk(image, step, kept)
+        return self.output(self.image(self.final(image, c), *x_t.shape[2:]), seen, aligned)

@@ -15,6 +15,7 @@ class-conditioned trunk can be carried over tensor by tensor.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class PixArtConfig(TransformerConfig):
     of it sets, is LN over the whole width.
     """
 
-    text_dim: int = 4096
+    text_dim: int = 4096  # width of the text states
     kv_compression: int = 1
     kv_blocks: list[int] = field(default_factory=list)
 
@@ -62,6 +63,12 @@ class PixArtConfig(TransformerConfig):
             raise ValueError(
                 f"model.kv_blocks={self.kv_blocks} is not the first and the last of some of the blocks 0 to "
                 f"{self.depth - 1}; [{self.depth // 2}, {self.depth - 1}] is, and [] means all"
+            )
+        first, last = self.route_blocks if self.route else (0, -1)
+        if squeezed := [i for i in range(first, last + 1) if self.window(i) > 1]:
+            raise ValueError(
+                f"model.route={self.route} leaves no grid for model.kv_compression={self.kv_compression} in the blocks"
+                f" {squeezed[0]} to {squeezed[-1]}; choose other route_blocks, or set kv_compression=1"
             )
 
     def window(self, block: int) -> int:
@@ -163,14 +170,16 @@ class PixArt(PatchTransformer):
             if isinstance(part, Compress):
                 nn.init.constant_(part.conv.weight, part.window**-2)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Predict from x_t (b, c, h, w) at t (b,) given cond.text (b, n, text_dim) and cond.text_mask (b, n)."""
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, kept: Tensor | None = None, aligned: bool = False) -> Any:
+        """Predict from x_t (b, c, h, w) at t (b,) given cond.text (b, n, text_dim) and cond.text_mask (b, n).
+
+        kept and aligned are for training: see `walk` and `output`.
+        """
         text = self.text_mlp(text_states(cond.text, cond.text_mask, self.config.text_dim))  # b m hidden
         mask = None if cond.text_mask is None else open_empty(cond.text_mask)[:, None, None]  # b 1 1 m
         x = self.tokens(x_t)  # b n hidden
         grid = (x_t.shape[2] // self.config.patch_size, x_t.shape[3] // self.config.patch_size)
         time = self.embed_time(t)  # b hidden
         m = self.modulation(F.silu(time)).unflatten(-1, (6, -1))  # b 6 hidden
-        for block in self.blocks:
-            x = self.run(block, x, m, text, mask, grid)
-        return self.image(self.final(x, time), *x_t.shape[2:])
+        x, seen = self.walk(x, lambda block, x: self.run(block, x, m, text, mask, grid), kept)
+        return self.output(self.image(self.final(x, time), *x_t.shape[2:]), seen, aligned)

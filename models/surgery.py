@@ -34,7 +34,19 @@ from models.unet import SIZE_DIM
 from models.weights import unwrap
 
 # What may differ between two networks, by the map that sees to it; anything else would be another trunk.
-DEPTHS = {"depth", "dual", "kv_compression", "kv_blocks", "depths", "middle_depth", "layers"}
+DEPTHS = {
+    "depth",
+    "dual",
+    "kv_compression",
+    "kv_blocks",
+    "depths",
+    "middle_depth",
+    "layers",
+    "route",
+    "route_blocks",
+    "align_dim",
+    "align_depth",
+}
 WIDTHS = {"hidden", "channels", "heads"}
 ENDS = {
     "in_channels",
@@ -63,7 +75,8 @@ def transfer(source: nn.Module, target: nn.Module, mode: str = "anchor", anchor:
         raise ValueError(f"anchor={anchor} is not a noise time; choose one in [0, 1], such as 0.5")
     source, target = unwrap(source), unwrap(target)
     account = Account(f"{type(target).__name__} from {type(source).__name__}")
-    pieces = {name: Piece("copied", tensor, [name]) for name, tensor in source.state_dict().items()}
+    tensors = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("projector.")}
+    pieces = {name: Piece("copied", tensor, [name]) for name, tensor in tensors.items()}  # a projector starts anew
     quiet: Pieces = {}
     if isinstance(source, CCDiT) and isinstance(target, PixArt):
         account.title += f", modulation {'by least squares over t' if mode == 'mean' else f'exact at t={anchor:g}'}"

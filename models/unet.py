@@ -47,7 +47,7 @@ class UNetConfig(ModelConfig):
     middle_depth: int = 1
     heads: list[int] = field(default_factory=lambda: [8, 8, 8, 8])
     layers: int = 2
-    text_dim: int = 768
+    text_dim: int = 768  # width of the text states
     vector_dim: int = 0
     groups: int = 32
     linear_projection: bool = False

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.base import Cond
+from models.lora import inject
+from training.step import kept_tokens
 
 PEAKS = {  # part of the device's name: bfloat16, float32; the first that matches
     "H100 PCIe": (756, 51),
@@ -38,10 +40,18 @@ def flops_per_image(denoiser: nn.Module, latent: tuple[int, ...], cond: Cond) ->
     config: Any = denoiser.config
     with torch.device("meta"):
         twin = config.build()
+        inject(twin, config.lora)
     for mine, theirs in zip(twin.parameters(), denoiser.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
     with FlopCounterMode(display=False) as counter:
-        twin(torch.empty(1, *latent, device="meta"), torch.empty(1, device="meta"), cond.to("meta")).sum().backward()
+        frozen = not any(parameter.requires_grad for parameter in twin.parameters())  # but not the text before it
+        seen = (
+            torch.empty(1, *latent, device="meta", requires_grad=frozen),
+            torch.empty(1, device="meta"),
+            cond.to("meta"),
+        )
+        kept = kept_tokens(config, latent, torch.zeros(1, dtype=torch.int64), 0, "meta")
+        (twin(*seen) if kept is None else twin(*seen, kept)).sum().backward()
     return counter.get_total_flops()
 
 

@@ -2,13 +2,16 @@
 
     t ~ law,  eps ~ N(0, 1),  x_t = alpha x0 + sigma eps,  loss = w(t) |denoiser(x_t, t, cond) - target|^2
 
-where eps may have an offset a channel, or be dealt to the images it lies near, and |.|^2 may be pseudo-Huber.
+where eps may have an offset a channel, or be dealt to the images it lies near, and |.|^2 may be pseudo-Huber. The error
+to a neighbour's target may be taken off (`objective.contrast`), tokens may skip blocks (`model.route`), and the loss of
+`training.alignment` may be added.
 
 Every random choice is a function of (seed, position of the image in the run), so it is the same on any number of
 ranks and after any resume.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ from diffusion.objective import Objective
 from diffusion.timesteps import stratified
 from models.base import Cond
 from models.text import Conditioner
+from models.weights import unwrap
+from training.alignment import Alignment
 from training.pairing import paired
 
 
@@ -62,12 +67,45 @@ def clean(batch: Batch, seed: int) -> Tensor:
     return batch.latents + batch.std * z
 
 
+def kept_tokens(config: Any, latent: Sequence[int], positions: Tensor, seed: int, device: Any) -> Tensor | None:
+    """Indices (b, k), ascending, of the tokens of latents (c, h, w) that see `model.route_blocks`; None: all do."""
+    if not getattr(config, "route", 0):
+        return None
+    tokens = latent[-2] * latent[-1] // config.patch_size**2
+    chance = noise(seed, positions.numpy(), (tokens,), device, "route")
+    return chance.argsort(1)[:, int(tokens * config.route) :].sort(1).values
+
+
+def check_contrast(images: int, contrast: float) -> None:
+    """Refuse micro-batches of so many images where one would have no neighbour."""
+    if contrast and images % 2:
+        raise ValueError(
+            f"objective.contrast={contrast} sets images two by two, but a micro-batch has {images};"
+            " choose an even train.micro_batch"
+        )
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """Rows 1, 0, 3, 2, ... of x (b, ...): the order of images is random, so a neighbour is any other.
+
+    Pairs lie within every even micro-batch, so neither the ranks nor the micro-batch change who is another's.
+    """
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
 def losses(
-    denoiser: nn.Module, objective: Objective, x0: Tensor, cond: Cond, positions: Tensor, seed: int, batch_size: int
+    denoiser: nn.Module,
+    objective: Objective,
+    x0: Tensor,
+    cond: Cond,
+    positions: Tensor,
+    seed: int,
+    batch_size: int,
+    alignment: Alignment | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weighted loss, unweighted loss, time) of each image, (b,) each; `batch_size` is the global one.
 
-    The unweighted loss is the plain squared error whatever the weighting and the penalty, so that runs compare.
+    The unweighted loss is the plain squared error whatever is weighted, added or taken off, so that runs compare.
     """
     config, rows = objective.config, positions.numpy()
     u = torch.from_numpy(uniform(seed, "time", rows))
@@ -79,7 +117,18 @@ def losses(
         eps = eps + config.offset_noise * noise(seed, rows, (x0.shape[1], 1, 1), x0.device, "offset")
     if config.pairing > 1:
         eps = paired(x0, eps, config.pairing)
-    pred = denoiser(objective.add_noise(x0, eps, t), objective.network_time(t), cond)
-    squared = (pred.float() - objective.target(x0, eps, t)).square()
-    loss = objective.weight(t) * objective.penalty(squared).mean((1, 2, 3))
+    kept = kept_tokens(getattr(unwrap(denoiser), "config", None), x0.shape, positions, seed, x0.device)
+    seen = objective.add_noise(x0, eps, t), objective.network_time(t), cond
+    if alignment is None:
+        pred, added = (denoiser(*seen) if kept is None else denoiser(*seen, kept)), 0.0
+    else:
+        pred, projected = denoiser(*seen, kept, True)
+        added = alignment.loss(projected, x0, kept)
+    target = objective.target(x0, eps, t)
+    squared = (pred.float() - target).square()
+    cost = objective.penalty(squared)
+    if config.contrast:
+        check_contrast(len(x0), config.contrast)
+        cost = cost - config.contrast * objective.penalty((pred.float() - neighbours(target)).square())
+    loss = objective.weight(t) * cost.mean((1, 2, 3)) + added
     return loss, squared.detach().mean((1, 2, 3)), t

@@ -2,9 +2,10 @@
 
     python assets/shapes/make.py vae  [--steps 16000] [--more]   an AutoencoderKL, f = 8
     python assets/shapes/make.py text [--steps 1000]             two CLIP text encoders and their tokenizer
+    python assets/shapes/make.py image [--steps 500]             an encoder of latents, for training.alignment
     python assets/shapes/make.py pipeline --run outputs/demo/stage3   the averaged weights of a finished run
 
-The first two are ordinary diffusers and transformers classes in their ordinary folder layout, so the code that loads
+The first three are ordinary diffusers and transformers classes in their ordinary folder layout, so the code that loads
 them is the code that loads SDXL's. They see the training split alone: the held-out pairs stay unseen. `--more` goes on
 from the autoencoder that is there.
 """
@@ -265,6 +266,79 @@ def train_text(steps: int, batch: int = 96, lr: float = 1e-3, additive: float = 
     (HERE / "text_encoder_2" / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
+# --- the image encoder ------------------------------------------------------------------------------------
+
+
+def new_image_encoder(channels: int) -> nn.Module:
+    """DINOv2 in small, on latents: a token for every two by two cells."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    return Dinov2Model(
+        Dinov2Config(
+            num_channels=channels, image_size=16, patch_size=2, hidden_size=64, num_hidden_layers=3,
+            num_attention_heads=4,
+        )
+    )  # fmt: skip
+
+
+def train_image(steps: int, scenes: int = 2000, batch: int = 128, lr: float = 2e-3) -> None:
+    """Contrastive training of the mean of its tokens against the finished text_encoder_2, at 64 and 128 px in turns."""
+    from models.autoencoder import AutoencoderConfig
+    from models.text import TextConfig
+
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    vae, start = AutoencoderConfig(path="assets/shapes").build(), time.time()
+    text = TextConfig(path="assets/shapes", encoders=["text_encoder_2"], tokenizers=["tokenizer_2"]).build()
+
+    def read(captions: list[str]) -> Tensor:
+        pooled = [text.encode(captions[i : i + 250])[2] for i in range(0, len(captions), 250)]
+        return F.normalize(torch.cat([part for part in pooled if part is not None]), dim=-1)
+
+    def see(found: list[shapes.Scene], resolution: int) -> Tensor:
+        return torch.cat([vae.encode(pictures(found[i : i + 50], resolution)) for i in range(0, len(found), 50)])
+
+    views = [(64, list(range(2 * scenes))), (128, list(range(2 * scenes, 3 * scenes)))]
+    latents = [see([shapes.scene(0, i) for i in indices], size) for size, indices in views]
+    captions = [[list(shapes.captions(shapes.scene(0, i), 0, i).values()) for i in indices] for _, indices in views]
+    texts = [torch.stack([read([four[k] for four in view]) for k in (2, 3)]) for view in captions]  # long and full
+    print(f"encoded in {time.time() - start:.0f} seconds", flush=True)
+
+    encoder = new_image_encoder(vae.channels)
+    head, temperature = nn.Linear(64, 128), nn.Parameter(torch.tensor(2.5))
+    parameters = [*encoder.parameters(), *head.parameters(), temperature]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
+    cosine = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+
+    def look(x: Tensor) -> Tensor:
+        return F.normalize(head(encoder(x).last_hidden_state[:, 1:].mean(1)), dim=-1)
+
+    for step in range(steps):
+        x, options = latents[step % 2], texts[step % 2]
+        rows = torch.randperm(len(x), generator=generator)[:batch]
+        logits = temperature.exp() * look(x[rows]) @ options[step // 2 % 2][rows].T
+        loss = (F.cross_entropy(logits, torch.arange(batch)) + F.cross_entropy(logits.T, torch.arange(batch))) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        cosine.step()
+        if step % 50 == 0:
+            print(f"step {step} loss {loss.item():.4f} seconds {time.time() - start:.0f}", flush=True)
+
+    encoder.eval().save_pretrained(HERE / "image_encoder")
+    report: dict[str, float] = {"parameters": sum(p.numel() for p in encoder.parameters())}
+    with torch.no_grad():
+        for name, held_out in (("seen pairs", False), ("held-out pairs", True)):
+            found = [shapes.scene(2, i, held_out=held_out) for i in range(256)]
+            wanted = read([shapes.prompt(scene) for scene in found])
+            for size in (64, 128):
+                hits = (look(see(found, size)) @ wanted.T).argmax(1).eq(torch.arange(256))
+                report[f"{name}, {size}px"] = hits.float().mean().item()
+    print(json.dumps(report))
+    (HERE / "image_encoder" / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
 # --- the pipeline -----------------------------------------------------------------------------------------
 
 
@@ -286,7 +360,7 @@ def readable_by_all(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("vae", "text", "pipeline"))
+    parser.add_argument("part", choices=("vae", "text", "image", "pipeline"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--more", action="store_true")
     parser.add_argument("--run", type=Path, default=Path("outputs/demo/stage3"))
@@ -295,6 +369,8 @@ if __name__ == "__main__":
         train_vae(options.steps or 16_000, options.more)
     elif options.part == "text":
         train_text(options.steps or 1_000)
+    elif options.part == "image":
+        train_image(options.steps or 500)
     else:
         keep_pipeline(options.run)
     readable_by_all(HERE)

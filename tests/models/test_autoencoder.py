@@ -1,6 +1,7 @@
 """The committed autoencoder, the ceiling of everything after; and small random ones, read as the public ones are."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,40 @@ def test_scale_and_shift_are_the_configs(tmp_path, channels, shift):
     torch.testing.assert_close(ours.decode(latents), theirs.decode(latents / 0.5 + (shift or 0)).sample.clamp(-1, 1))
     info = ours.info()
     assert (info["factor"], info["channels"], info["scale"], info["shift"]) == (2, channels, 0.5, shift or 0)
+
+
+@torch.no_grad()
+def test_statistics_of_each_channel_are_those_of_diffusers(tmp_path):
+    """Its pipelines decode latents * std / scaling_factor + mean, where the config has both."""
+    theirs, (_, x) = public(tmp_path), pictures(2, 64)
+    z = theirs.encode(x).latent_dist.mean
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    ours = AutoencoderConfig(path=str(tmp_path), latents_mean=mean.tolist(), latents_std=std.tolist()).build()
+    latents = ours.encode(x)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    config: Any = ours.module.config
+    back = latents * torch.tensor(config.latents_std).view(1, 4, 1, 1) / config.scaling_factor
+    back = back + torch.tensor(config.latents_mean).view(1, 4, 1, 1)
+    torch.testing.assert_close(ours.decode(latents), theirs.decode(back).sample.clamp(-1, 1))
+    torch.testing.assert_close(ours.moments(x)[1], theirs.encode(x).latent_dist.std / std.view(1, 4, 1, 1))
+    plain = AutoencoderConfig(path=str(tmp_path)).build()
+    assert ours.info()["id"] != plain.info()["id"]  # data made with one are refused by the other
+
+    ours.module.save_pretrained(tmp_path / "again" / "vae")  # as an export of SDXL's holds it
+    again = AutoencoderConfig(path=str(tmp_path / "again")).build()
+    assert torch.equal(again.encode(x), latents)
+    assert again.info() | {"path": ""} == ours.info() | {"path": ""}
+
+
+def test_statistics_that_do_not_fit_are_refused(tmp_path):
+    public(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"vae.latents_mean=\[0.0\] and vae.latents_std=\[\] must be one number a channel"
+    ):
+        AutoencoderConfig(path=str(tmp_path), latents_mean=[0.0])
+    with pytest.raises(ValueError, match=r"vae.latents_mean=\[0.0\] has 1 numbers, but .* have 4 channels; give one a"):
+        AutoencoderConfig(path=str(tmp_path), latents_mean=[0.0], latents_std=[1.0]).build()
 
 
 def test_the_digest_tells_autoencoders_apart_at_any_precision(vae, tmp_path):

@@ -103,3 +103,17 @@ def test_the_peak_of_another_device_is_measured():
     rate = 2 * 512**3 / min(seconds(lambda: a @ a) for _ in range(20)) / 1e12
     assert rate / 4 < peak < rate * 4  # the machine may be busy
     assert measured_tflops(torch.device("cpu"), torch.float32, budget=0.01) > 0
+
+
+def test_routed_blocks_are_counted_with_the_tokens_that_they_see():
+    """Exactly: two blocks of six with all tokens, four with half of them, as in a latent of half the height."""
+
+    def counted(depth, height, *route):
+        sizes = [f"model.depth={depth}", "model.hidden=32", "model.heads=2", *route]
+        denoiser = compose("stage1", sizes).model.build()
+        return flops_per_image(denoiser, (denoiser.config.in_channels, height, 8), Cond())
+
+    half_block, two_blocks = counted(6, 4) - counted(5, 4), counted(2, 8)
+    # the linear that modulates, which every block has once, sees no tokens
+    assert counted(6, 8, "model.route=0.5", "model.route_blocks=[1,4]") == two_blocks + 4 * half_block
+    assert counted(6, 8, "model.route_blocks=[1,4]") > two_blocks + 4 * half_block

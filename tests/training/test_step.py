@@ -27,6 +27,7 @@ from diffusion.timesteps import TimeLaw
 from inference.pipeline import Pipeline
 from models.autoencoder import AutoencoderConfig
 from models.base import Cond
+from models.ccdit import CCDiTConfig
 from models.text import Conditioner, TextConfig, TextEncoders
 from prepare.shapes import prepare_shapes
 from training.config import TrainConfig
@@ -34,7 +35,7 @@ from training.ema import EMA, EMAConfig
 from training.optim import OptimConfig, build_optimizer, guarded_step, learning_rate
 from training.pairing import paired
 from training.run import check_text, run
-from training.step import condition, losses
+from training.step import condition, kept_tokens, losses
 
 
 def train_lines(folder):
@@ -116,6 +117,102 @@ def test_losses_of_an_image_are_the_same_in_any_micro_batch(options):
     for k in range(3):
         assert torch.equal(torch.cat([found[k] for found, _ in parts]), whole[k])
     assert torch.equal(torch.cat([part for _, part in parts]), x_t)
+
+
+def test_contrast_takes_the_error_to_the_neighbour_off():
+    (plain, unweighted, t), _ = losses_of(**FLOW)
+    (less, same, _), x_t = losses_of(**FLOW, contrast=0.05)
+    assert torch.equal(same, unweighted)
+    flow = noise_of() - LATENTS
+    pred = 0.3 * x_t + t.view(-1, 1, 1, 1)
+    other = (pred - flow[[i ^ 1 for i in range(16)]]).square().mean((1, 2, 3))
+    torch.testing.assert_close(less, plain - 0.05 * other, rtol=1e-4, atol=1e-4)
+
+
+def test_contrast_makes_the_best_prediction_overshoot():
+    """(E[target | x_t] - lambda E[target])/(1 - lambda), by least squares over what is Gaussian with a mean of 2."""
+    lam, n = 0.2, 200_000
+    x0 = 2 + torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    objective = Objective(ObjectiveConfig(**FLOW, contrast=lam, range=[0.4999, 0.5001]))  # all at t = 1/2
+    seen, scale = Seen(), torch.ones(2, requires_grad=True, dtype=torch.float64)
+    seen.forward = lambda x_t, t, cond: scale[0] * x_t.double() + scale[1]
+    optimizer = torch.optim.LBFGS([scale], line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = losses(seen, objective, x0, None, torch.arange(n), 3, n)[0].mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    # x_t = (x0 + eps)/2 says nothing of eps - x0: its best guess is the mean, -2, with contrast or without
+    assert scale.tolist() == pytest.approx([0, -2], abs=0.03)
+    x0.mul_(3).sub_(4)  # deviation 3, mean 2: cov(eps - x0, x_t) / var(x_t) = (1 - 9)/2 / (10/4) = -1.6
+    optimizer = torch.optim.LBFGS([scale], line_search_fn="strong_wolfe")
+    optimizer.step(loss)
+    slope = -1.6 / (1 - lam)
+    assert scale.tolist() == pytest.approx([slope, -2 - slope * 1], abs=0.05)
+
+
+def test_contrast_needs_neighbours_and_flow():
+    with pytest.raises(ValueError, match=r"contrast=0.05 sets images two by two, but a micro-batch has 3; choose"):
+        losses_of(count=3, **FLOW, contrast=0.05)
+    with pytest.raises(ValueError, match=r"contrast=0.05 parts flows, but objective.prediction=eps; set"):
+        ObjectiveConfig(contrast=0.05)
+    with pytest.raises(ValueError, match=r"objective.contrast=1.0 is not from 0 to below 1; choose 0 for none"):
+        ObjectiveConfig(**FLOW, contrast=1.0)
+
+
+ROUTED = {"hidden": 16, "depth": 3, "heads": 2, "in_channels": 2, "base_size": 8, "num_classes": 4}
+
+
+def test_routes_keep_a_share_of_tokens_by_seed_and_position():
+    config, positions = CCDiTConfig(**ROUTED, route=0.25, route_blocks=[1, 1]), torch.arange(4000)
+    kept = kept_tokens(config, (2, 6, 8), positions, 3, "cpu")
+    assert kept.shape == (4000, 9)
+    assert (kept.diff(dim=1) > 0).all()
+    shown = torch.nn.functional.one_hot(kept, 12).sum(1).double()
+    sigma = math.sqrt(0.75 * 0.25 / 4000)
+    assert (shown.mean(0) - 0.75).abs().max() < 4 * sigma
+    assert torch.corrcoef(shown.T).add_(1 / 11).fill_diagonal_(0).abs().max() < 4.5 / math.sqrt(4000)
+    assert torch.equal(kept_tokens(config, (2, 6, 8), positions[70:73], 3, "cpu"), kept[70:73])
+    assert not torch.equal(kept_tokens(config, (2, 6, 8), positions, 4, "cpu"), kept)
+    assert kept_tokens(CCDiTConfig(**ROUTED), (2, 6, 8), positions, 3, "cpu") is None
+
+
+def test_routed_losses_of_an_image_are_the_same_in_any_micro_batch():
+    torch.manual_seed(0)
+    found, x0, cond = {}, torch.randn(8, 2, 8, 8), Cond(class_id=torch.arange(8) % 4)
+    for route in (0.0, 0.5):
+        denoiser = CCDiTConfig(**ROUTED, route=route, route_blocks=[0, 2]).build()
+        with torch.no_grad():
+            for i, parameter in enumerate(denoiser.parameters()):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        parts = []
+        for size in (8, 2):
+            cuts = [slice(i, i + size) for i in range(0, 8, size)]
+            some = [
+                losses(denoiser, Objective(ObjectiveConfig(**FLOW, contrast=0.05)), x0[i], cond.select(i), p, 3, 8)[0]
+                for i, p in ((cut, torch.arange(8)[cut]) for cut in cuts)
+            ]
+            parts.append(torch.cat(some))
+        torch.testing.assert_close(*parts, rtol=1e-4, atol=1e-5)
+        found[route] = parts[0]
+    assert not torch.allclose(found[0.0], found[0.5], rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [["objective.contrast=0.05"], ["model.route=0.5", "model.route_blocks=[1,1]"]])
+def test_efficiency_options_resume_exactly_and_draw(config, options):
+    whole = config("stage3", "train.images=32", *options, name="whole")
+    parts = config("stage3", "train.images=32", "train.stop_at=16", *options, name="parts")
+    run(whole)
+    run(parts)
+    parts.train.stop_at = None
+    run(parts)
+    a, b = (load_file(cfg.folder / "checkpoints" / "32" / "denoiser" / "model.safetensors") for cfg in (whole, parts))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert Pipeline.load(whole.folder).generate(["a red circle"]).shape == (1, 128, 128, 3)
 
 
 def test_loss_is_the_weighted_error_and_the_unweighted_one_stays_squared():
