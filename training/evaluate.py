@@ -1,5 +1,7 @@
 """Pictures at fixed seeds while training, and the exam at the end; both through the one pipeline, with EMA weights."""
 
+import io
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,9 @@ from PIL import Image
 
 from data import shapes
 from inference.pipeline import Pipeline
+from training.checkpoint import FULL
 from training.config import RunConfig
+from training.refiner import Refined
 
 
 @dataclass(slots=True)
@@ -38,21 +42,35 @@ def subjects(cfg: RunConfig, captions: list[str]) -> Subjects:
     return Subjects(captions[:count], None)
 
 
-def draw_grid(pipeline: Pipeline, what: Subjects, seed: int, path: Path | None, columns: int = 4) -> dict[str, Any]:
+def draw_grid(
+    pipeline: Pipeline | Refined, what: Subjects, seed: int, path: Path | None, columns: int = 4
+) -> dict[str, Any]:
     """Draw the subjects at fixed seeds into one PNG, if this rank writes any; returns the record for metrics.jsonl."""
     pictures = _draw(pipeline, what.captions, what.class_ids, [seed + i for i in range(len(what.captions))])
     blank = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
     tiles = np.concatenate([pictures, blank])
     rows = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        Image.fromarray(np.concatenate(rows)).save(aside, format="PNG")
-        aside.rename(path)
+        _write(np.concatenate(rows), path)
     return {"prompts": what.captions, "columns": columns, "tile": pictures.shape[1]}
 
 
-def take_exam(pipeline: Pipeline, cfg: RunConfig) -> dict[str, Any]:
+def _write(picture: np.ndarray, path: Path) -> None:
+    """A picture as PNG, whole or not at all; one for which there is no room ends no run."""
+    content, aside = io.BytesIO(), path.with_suffix(".tmp")
+    Image.fromarray(picture).save(content, format="PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(content.getbuffer())
+        aside.rename(path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        aside.unlink(missing_ok=True)
+        print(f"{path} was not written: {error.strerror}; the run goes on without it", file=sys.stderr)
+
+
+def take_exam(pipeline: Pipeline | Refined, cfg: RunConfig) -> dict[str, Any]:
     """Prompt accuracy on held-out pairs, or class accuracy on trained ones, by the reader."""
     start, count, seed = time.time(), cfg.evaluate.count, cfg.evaluate.seed
     seeds = [seed + i for i in range(count)]
@@ -75,7 +93,11 @@ def _named(marks: dict[str, float]) -> dict[str, Any]:
 
 
 def _draw(
-    pipeline: Pipeline, prompts: list[str] | None, class_ids: list[int] | None, seeds: list[int], batch: int = 50
+    pipeline: Pipeline | Refined,
+    prompts: list[str] | None,
+    class_ids: list[int] | None,
+    seeds: list[int],
+    batch: int = 50,
 ) -> np.ndarray:
     parts = []
     for i in range(0, len(seeds), batch):

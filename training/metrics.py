@@ -1,8 +1,10 @@
 """What a run says while it goes: `metrics.jsonl`, a progress bar, and wandb or TensorBoard if asked.
 
-Sums stay on the device and are read once per log line, so a step never waits for the host.
+Sums stay on the device and are read once per log line, so a step never waits for the host. A full disk ends no run:
+lines wait in memory until there is room.
 """
 
+import contextlib
 import json
 import resource
 import secrets
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.checkpoint import FULL
 from training.distributed import Ranks
 
 BINS = 10
@@ -33,49 +36,48 @@ class LoggerConfig:
     """The logger beside metrics.jsonl; wandb works offline too."""
 
     kind: LoggerKind = LoggerKind.none
-    project: str = "triptych"
-    offline: bool = False
+    project: str = "triptych"  # of wandb
+    offline: bool = False  # wandb writes to the disk alone
 
 
 class LossSums:
     """Weighted and unweighted loss, and the unweighted one by tenth of the noise time, since the last read."""
 
     def __init__(self, device: torch.device):
-        # weighted sum, unweighted sum, count, gradient norm sum, skipped, steps, damaged; then sums and counts by bin
-        self._sums = torch.zeros(7 + 2 * BINS, device=device)
+        self._bins = torch.zeros(3, BINS, device=device)  # weighted, unweighted, how many
+        self._steps = torch.zeros(2, device=device)  # gradient norm, skipped
+        self._counts = [0, 0]  # steps, damaged
 
     def add_losses(self, weighted: Tensor, unweighted: Tensor, times: Tensor) -> None:
         """One micro-batch: three vectors (b,)."""
-        bins = (times * BINS).long().clamp(max=BINS - 1)
-        self._sums[0] += weighted.sum()
-        self._sums[1] += unweighted.sum()
-        self._sums[2] += len(times)
-        self._sums[7 : 7 + BINS].index_add_(0, bins, unweighted)
-        self._sums[7 + BINS :].index_add_(0, bins, torch.ones_like(unweighted))
+        bins = (times * BINS).long().clamp_(max=BINS - 1)
+        self._bins.index_add_(1, bins, torch.stack((weighted, unweighted, torch.ones_like(unweighted))))
 
     def add_damaged(self, count: int) -> None:
         """So many images of a micro-batch could not be read, and taught nothing."""
-        self._sums[6] += count
+        self._counts[1] += count
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
         """One optimizer step: the gradient's norm before clipping, and 1.0 if it was skipped."""
-        self._sums[3] += torch.where(skipped > 0, 0.0, norm)
-        self._sums[4] += skipped
-        self._sums[5] += 1
+        self._steps += torch.stack((norm.masked_fill(skipped > 0, 0.0), skipped))
+        self._counts[0] += 1
 
     def read(self, ranks: Ranks) -> dict[str, Any]:
         """Means over all ranks since the last read, which starts anew."""
-        total = ranks.sum(self._sums.clone()).tolist()
-        self._sums.zero_()
-        count, steps = max(total[2], 1), max(total[5], 1)
-        sums, counts = total[7 : 7 + BINS], total[7 + BINS :]
+        here = torch.cat((self._bins.flatten(), self._steps, self._steps.new_tensor(self._counts)))
+        *bins, norm, skipped, steps, damaged = ranks.sum(here).tolist()
+        self._bins.zero_()
+        self._steps.zero_()
+        self._counts = [0, 0]
+        weighted, sums, counts = bins[:BINS], bins[BINS : 2 * BINS], bins[2 * BINS :]
+        count, steps = max(sum(counts), 1), max(steps, 1)
         return {
-            "loss": total[0] / count,
-            "loss_unweighted": total[1] / count,
+            "loss": sum(weighted) / count,
+            "loss_unweighted": sum(sums) / count,
             "loss_bins": [value / number if number else None for value, number in zip(sums, counts, strict=True)],
-            "grad_norm": total[3] / steps,
-            "skipped": round(total[4] / ranks.world),
-            "damaged": round(total[6]),
+            "grad_norm": norm / steps,
+            "skipped": round(skipped / ranks.world),
+            "damaged": round(damaged),
         }
 
 
@@ -90,7 +92,8 @@ class Journal:
             return
         path = folder / "metrics.jsonl"
         _forget_after(path, images_seen)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+        self._waiting, self._full = b"", False  # what found no room
         if config.kind is LoggerKind.wandb:
             import wandb
 
@@ -108,7 +111,7 @@ class Journal:
         """One line of metrics.jsonl."""
         if not self._main:
             return
-        self._file.write(json.dumps({"kind": kind, "images": images, **values}) + "\n")
+        self._append(json.dumps({"kind": kind, "images": images, **values}) + "\n")
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
         for index, value in enumerate(values.get("loss_bins", [])):
             if value is not None:
@@ -140,12 +143,30 @@ class Journal:
         """Finish the bar and the logger."""
         if not self._main:
             return
+        self._append("")
+        if self._waiting:
+            lost = len(self._waiting.splitlines())
+            self._bar.say(f"{self._file.name} lacks its last {lost} lines: the disk is full")
         self._bar.close()
         self._file.close()
         if self._kind is LoggerKind.wandb:
             self._backend.finish()
         elif self._kind is LoggerKind.tensorboard:
             self._backend.close()
+
+    def _append(self, line: str) -> None:
+        """To metrics.jsonl, after all that waits; where the disk takes half a line, the other half waits."""
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._full = False
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self._full:
+                self._bar.say(f"{self._file.name}: {error.strerror}; its lines wait in memory until there is room")
+            self._full = True
 
 
 class _Bar:
@@ -174,10 +195,14 @@ class _Bar:
     def describe(self, text: str) -> None:
         self._progress.update(self._task, description=text)
         if not self._live:
-            self._console.print(f"{self._name}  {self._done:,} of {self._total:,} images  {text}")
+            self._print(f"{self._name}  {self._done:,} of {self._total:,} images  {text}")
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._print(text, markup=False)
+
+    def _print(self, text: str, markup: bool = True) -> None:
+        with contextlib.suppress(OSError):  # printed into a file, on a full disk
+            self._console.print(text, markup=markup)
 
     def close(self) -> None:
         self._progress.stop()

@@ -55,8 +55,8 @@ class GroupConfig:
     """Parameters whose name matches `pattern` (a regular expression, searched), and how they differ."""
 
     pattern: str
-    lr_scale: float = 1.0
-    frozen: bool = False
+    lr_scale: float = 1.0  # factor on lr
+    frozen: bool = False  # not trained at all
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,15 +64,15 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019) or another kind; biases, norms and tables are not decayed."""
 
     kind: Kind = Kind.adamw
-    lr: float = 1e-4
-    weight_decay: float = 0.03
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    lr: float = 1e-4  # the highest learning rate
+    weight_decay: float = 0.03  # a step takes lr times this share off the weights
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # decay of the means of gradients and squares
     momentum: float = 0.95  # of Muon's matrices
-    eps: float = 1e-8
+    eps: float = 1e-8  # beside the root of the squares, against division by 0
     clip: float = 1.0  # largest gradient norm; inf: none
     warmup: int = 10_000  # images of linear warm-up
     final: float = 0.01  # share of lr left at the end of the cosine; 1: constant
-    groups: list[GroupConfig] = field(default_factory=list)
+    groups: list[GroupConfig] = field(default_factory=list)  # who trains otherwise; the first that matches counts
     weights: Weights = Weights.fp32
     stochastic_rounding: bool = True  # of bf16 weights; rounding to the nearest loses the small steps
     in_backward: bool = False  # update each parameter as soon as its gradient is there, and free that
@@ -194,7 +194,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
         matched.add(index)
         if groups[index].frozen:
             parameter.requires_grad_(False)
-        else:
+        elif parameter.requires_grad:  # what adapters stand on does not
             rule = () if plain else rule_of(name, parameter, config.kind)
             members.setdefault((index, parameter.ndim >= 2, *rule), []).append(parameter)
     for index, group in enumerate(config.groups):
@@ -270,7 +270,7 @@ def guarded_step(
     veto: Tensor | None = None,
     norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clip, and update unless the gradient is not finite or `veto` is 1.0; returns (gradient norm, 1.0 if skipped).
+    """Clip, and update unless `veto` is 1.0 or, without one, the gradient not finite; returns (norm, 1.0 if skipped).
 
     All scalars are on the device: the optimizer itself reads `found_inf` and leaves everything as it was, step counts
     included, so no host sync is needed. Gradients are summed over ranks before, so a bad number on one rank is seen,
@@ -281,9 +281,7 @@ def guarded_step(
     if isinstance(optimizer, Ruled) and optimizer.norms is not None:
         return count_consumed(optimizer.norms, veto)
     norm = gradient_norm(parameters) if norm is None else norm
-    skipped = (~torch.isfinite(norm)).float()
-    if veto is not None:
-        skipped = torch.maximum(skipped, veto)
+    skipped = (~torch.isfinite(norm)).float() if veto is None else veto
     if clip != math.inf:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     optimizer.found_inf = skipped  # type: ignore[attr-defined]

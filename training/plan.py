@@ -33,7 +33,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -169,16 +168,25 @@ class Ledger(TorchDispatchMode):
         self.live["gradient"] += storage.nbytes()
 
 
-class CudaNorms(TorchFunctionMode):
+@contextmanager
+def cuda_norms() -> Iterator[None]:
     """CUDA's autocast computes these norms in float32, the CPU's does not, and fake tensors lie on the CPU.
 
-    A fake CUDA tensor would need a torch that was built for CUDA.
+    A fake CUDA tensor would need a torch that was built for CUDA. Not a TorchFunctionMode: one is off in the backward
+    pass, where blocks are computed again.
     """
+    plain = {name: getattr(F, name) for name in ("layer_norm", "group_norm")}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.layer_norm, F.group_norm):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
+    def in_float32(norm: Any) -> Any:
+        return lambda x, *args, **options: norm(x.float(), *args, **options)
+
+    try:
+        for name, norm in plain.items():
+            setattr(F, name, in_float32(norm))
+        yield
+    finally:
+        for name, norm in plain.items():
+            setattr(F, name, norm)
 
 
 class Rehearsal:
@@ -257,7 +265,7 @@ class Rehearsal:
             stack.enter_context(self._fake)
             stack.enter_context(ledger)
             if self.cuda and self.half:
-                stack.enter_context(CudaNorms())
+                stack.enter_context(cuda_norms())
             x, target, t = torch.empty(rows, *self.latent), torch.empty(rows, *self.latent), torch.empty(rows)
             cond = self.cond._map(lambda one: torch.empty(rows, *one.shape[1:], dtype=one.dtype))
             with torch.autocast("cpu", torch.bfloat16, enabled=self.half):

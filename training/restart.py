@@ -23,9 +23,13 @@ def exit_code(number: int) -> int:
 
 def note_exit(folder: Path | None, code: int) -> None:
     """Write `folder`/exit_code, where the script that started the ranks reads it."""
-    if folder is not None:
+    if folder is None:
+        return
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "exit_code").write_text(f"{code}\n")
+    except OSError as error:  # a full disk must not change the code itself
+        print(f"{folder / 'exit_code'} was not written: {error.strerror}; it would be {code}", file=sys.stderr)
 
 
 def note_start(folder: Path, images_seen: int) -> int:

@@ -176,9 +176,10 @@ class Watch:
         if self._folder is None:
             return faulthandler.dump_traceback(sys.stderr)
         path = self._folder / "stacks" / f"rank{self._rank}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            faulthandler.dump_traceback(file)
+        with contextlib.suppress(OSError):  # a full disk must not keep this process from its end
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file)
 
 
 class Beat:

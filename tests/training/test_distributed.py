@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from training import watch
 from training.distributed import Parallel, Ranks, session, sharded, shares, synchronised, twin
 from training.restart import AGAIN, STUCK, Stuck, check_progress, exit_code, note_exit, note_start
 from training.sharded import local, whole
+from training.speed import Compile, compile_denoiser
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 3, 8
@@ -50,6 +52,9 @@ def train(ranks: Ranks, parallel: Parallel, micro: int, **how: Any) -> tuple[dic
     net = denoiser()
     net.checkpoint(checkpointing)
     ranks.shard(net, parallel, dtype)
+    if "compile" in how:  # traced through autograd too, without the C++ that the default back-end writes
+        torch.compile = partial(torch.compile, backend="aot_eager")
+        compile_denoiser(net, how["compile"])
     free = list(net.parameters())
     optimizer = torch.optim.AdamW(
         free, lr=1e-2, eps=1e-2, fused=True
@@ -101,11 +106,13 @@ SCENES: dict[str, tuple[Parallel, int, dict[str, Any]]] = {
     "ddp-2": (Parallel.ddp, 2, {}),
     "fsdp-1": (Parallel.fsdp, 1, {}),
     "fsdp-2": (Parallel.fsdp, 2, {}),
+    "hsdp-1": (Parallel.hsdp, 1, {}),
     "hsdp-2": (Parallel.hsdp, 2, {}),
     "fsdp-full": (Parallel.fsdp, 2, {"checkpointing": Checkpointing.full}),
     "fsdp-selective": (Parallel.fsdp, 1, {"checkpointing": Checkpointing.selective}),
     "ddp-bf16": (Parallel.ddp, 1, {"dtype": torch.bfloat16}),
     "fsdp-bf16": (Parallel.fsdp, 1, {"dtype": torch.bfloat16}),
+    "fsdp-compiled": (Parallel.fsdp, 2, {"compile": Compile.blocks}),
 }
 
 
@@ -161,6 +168,16 @@ def test_two_ranks_train_as_one(one, two, name):
     assert two[name]["same"]
     if name.startswith("fsdp"):
         assert two[name]["held"] == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shares_train_as_one(one, tmp_path):
+    """Two nodes of two ranks, each node with a copy."""
+    for name, found in play(tmp_path, 4, 2, ["hsdp-1", "hsdp-2"]).items():
+        for key in one:
+            torch.testing.assert_close(found[key], one[key], rtol=1e-4, atol=2e-5, msg=f"{name} {key}")
+        assert found["same"]
+        assert found["held"] == pytest.approx(0.5, abs=0.03)
 
 
 def test_blocks_gathered_in_bfloat16_compute_what_autocast_does(one, two):
@@ -328,6 +345,12 @@ def test_a_second_signal_leaves_at_once():
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=10)
         assert process.returncode == -signal.SIGTERM
+
+
+def test_a_full_disk_does_not_change_the_exit_code(tmp_path, capsys):
+    (tmp_path / "file").write_text("where no folder can be made")
+    note_exit(tmp_path / "file" / "run", AGAIN)
+    assert "exit_code was not written: Not a directory; it would be 85" in capsys.readouterr().err
 
 
 def test_exit_codes():

@@ -136,6 +136,13 @@ def test_cuda_keeps_group_norms_in_float32():
     assert there > 1.05 * here
 
 
+def test_cuda_recomputes_blocks_as_it_computed_them():
+    """The norms of the backward pass are those of the forward pass, or torch would refuse what is recomputed."""
+    cfg = config("unet_tiny", "train.precision=bf16")
+    rehearsal = Rehearsal(cfg, frozen_parts(cfg), cuda=True)
+    assert rehearsal.step(8, Checkpointing.full).alone < 0.8 * rehearsal.step(8, Checkpointing.none).alone
+
+
 def test_a_rehearsal_leaves_nothing_fake_behind():
     cfg = config("pixart_tiny")
     rehearsal, _ = foretold(cfg)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.faults import as_schema
 from models.folder import fault, newest, publish, sha256
 from training.restart import AGAIN
 from training.run import run
@@ -79,13 +80,7 @@ def test_a_checkpoint_of_the_schema_before_is_continued(config):
     run(config("stage1", "train.images=32", name="straight"))
     run(config("stage1", "train.images=32", "train.stop_at=16", name="older"))
     cfg = config("stage1", "train.images=32", name="older")
-    folder = cfg.folder / "checkpoints" / "16"
-    (folder / "guard.safetensors").unlink()
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, "schema": 1}))
-    files = [name for name in json.loads((folder / "manifest.json").read_text()) if name != "guard.safetensors"]
-    manifest = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    as_schema(cfg.folder / "checkpoints" / "16", 1)
     run(cfg)
     straight = cfg.folder.parent / "straight"
     assert digests(straight / "checkpoints" / "32") == digests(cfg.folder / "checkpoints" / "32")
