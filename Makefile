@@ -1,5 +1,5 @@
 # `make` alone prints the targets. The first of them to run makes .venv: PYTHON=python3.12 make test chooses whose.
-.PHONY: help demo test check bench faults
+.PHONY: help demo test check bench faults docs serve
 RUN := .venv/bin/python
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
@@ -16,6 +16,10 @@ bench: .venv/ok ## measure speed, and compare with the numbers in benchmarks/
 	@KINETO_LOG_LEVEL=6 $(RUN) benchmarks/run.py # torch's profiler would write into the table
 faults: .venv/ok ## kill, fill the disk, flip bits, and see that nothing is lost
 	@$(RUN) benchmarks/faults.py
+docs: .venv/ok  ## build the site of docs/ into outputs/site
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+serve: .venv/ok ## the same at http://127.0.0.1:8000, anew at every change
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve
 
 .venv/ok: requirements.lock pyproject.toml scripts/setup.sh
 	@bash scripts/setup.sh $(PYTHON)

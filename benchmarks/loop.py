@@ -291,7 +291,7 @@ def main() -> None:
     rows, parts = loops()
     print(f"{'':48}{'ours':>12}{'usual':>12}{'usual/ours':>12}")
     for row in rows:
-        print(f"{row.name:48}{row.ours:>8.3f} {row.unit:3}{row.usual:>8.3f} {row.unit:3}{row.ratio:>11.2f}x")
+        print(row)
     print()
     for part, microseconds in sorted(parts.items(), key=lambda item: -item[1]):
         print(f"{part:48}{microseconds:>8.0f} us")

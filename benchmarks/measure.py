@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,16 +14,24 @@ Call = Callable[[], object]
 
 @dataclass(slots=True, kw_only=True)
 class Row:
-    """One line of a table; `ratio` above 1 is in our favour."""
+    """One line of a table; `ratio` above 1 is in our favour, and None where there is nothing to compare with."""
 
     name: str
     ours: float
-    usual: float
+    usual: float | None = None
     unit: str = "ms"
 
     @property
-    def ratio(self) -> float:
-        return self.usual / self.ours
+    def ratio(self) -> float | None:
+        return None if self.usual is None else self.usual / self.ours
+
+    def each(self, count: int) -> "Row":
+        """The same for one of so many things that were done at once."""
+        return replace(self, ours=self.ours / count, usual=None if self.usual is None else self.usual / count)
+
+    def __str__(self) -> str:
+        compared = "" if self.usual is None else f"{self.usual:>8.1f} {self.unit:3}{self.ratio:>11.2f}x"
+        return f"{self.name:48}{self.ours:>8.1f} {self.unit:3}{compared}"
 
 
 def compare(name: str, ours: Call, usual: Call, rounds: int = 7) -> Row:

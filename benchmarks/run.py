@@ -127,16 +127,17 @@ def whole_step() -> Row:
 
 def main() -> None:
     """Measure, print, write. A ratio above 1 is in our favour, in time as in memory."""
+    from benchmarks.loop import loops
     from benchmarks.networks import networks
+    from benchmarks.onnx_rows import onnx_rows
     from benchmarks.sampling import sampling
+    from benchmarks.states import states
 
     parts: list[Callable[[], Row]] = [optimizer, average, reading, start_up, whole_step]
     rows = []
     print(f"{'':48}{'ours':>12}{'usual':>12}{'usual/ours':>12}")
-    for row in chain((part() for part in parts), networks(), sampling()):
-        print(
-            f"{row.name:48}{row.ours:>8.1f} {row.unit:3}{row.usual:>8.1f} {row.unit:3}{row.ratio:>11.2f}x", flush=True
-        )
+    for row in chain((part() for part in parts), loops()[0], states(), networks(), sampling(), onnx_rows()):
+        print(row, flush=True)
         rows.append(asdict(row) | {"ratio": row.ratio})
     about = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     Path("benchmarks/latest.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -137,7 +137,7 @@ def sampling() -> Iterator[Row]:
                     lambda pair=pair, count=count: pair.draw_usual(count),
                     rounds=7 if count == 1 else 3,
                 )
-                yield replace(row, ours=row.ours / count, usual=row.usual / count)
+                yield row.each(count)
             (ours, _), (usual, _) = (  # of any number of steps
                 memory(lambda draw=draw: draw(len(PROMPTS), 2)) for draw in (pair.draw_ours, pair.draw_usual)
             )

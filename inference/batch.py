@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.sample import Sampler
 from inference.picture import Settings, fingerprint, fit
-from inference.pipeline import HANDOVER, Pipeline
+from inference.pipeline import Pipeline
 
 Outcome = tuple[Settings, np.ndarray | ValueError]
 
@@ -58,7 +58,7 @@ def _draw(
         mask=None if mask is None else fit(mask, size),
         strength=first.strength,
         refiner=refiner,
-        handover=HANDOVER if first.handover is None else first.handover,
+        handover=first.handover,
         progress=None if progress is None else lambda step, z, x0: progress(len(group), step, x0),
     )
     return list(pictures)
@@ -105,5 +105,5 @@ def _known(
         "image": None if image is None else fingerprint(image),
         "mask": None if mask is None else fingerprint(mask),
         "refiner": refiner.name if refiner else None,
-        "handover": (HANDOVER if settings.handover is None else settings.handover) if refiner else None,
+        "handover": settings.handover if refiner else None,
     }

@@ -12,12 +12,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from data.loader import AESTHETIC
 from inference.prompt import Part, parse
 from models.base import Cond
 from models.text import Conditioner, Segments
-
-NULL_AESTHETIC = 2.5  # what the refiner is guided away from
 
 
 @dataclass(slots=True)
@@ -59,9 +56,12 @@ def chunks_needed(conditioner: Conditioner, prompts: Sequence[str], steps: int) 
 
 def of_prompts(
     conditioner: Conditioner, prompts: Sequence[str], negatives: Sequence[str], steps: int, chunks: int,
-    size: tuple[int, int], device: torch.device,
+    size: tuple[int, int], scores: tuple[float, float], device: torch.device,
 ) -> Conditions:  # fmt: skip
-    """Conditions of b prompts and their negative prompts, all in so many chunks, for pictures of `size` pixels."""
+    """Conditions of b prompts and their negative prompts, all in so many chunks, for pictures of `size` pixels.
+
+    `scores` are the aesthetic ones that prompts, and null and negative prompts, are told with.
+    """
     composed = [parse(prompt) for prompt in prompts]
     table: dict[tuple, int] = {}
 
@@ -82,7 +82,7 @@ def of_prompts(
     negative = rows(opposed) if any(opposed) else None
     encoded = [conditioner.weighted([_segments(text) for text in table], chunks)] if table else []
     whole = _without_padding(Cond.cat([*(cond.to(device) for cond in encoded), conditioner.null(device, chunks)]))
-    good, poor = (size_ids(conditioner, size, len(prompts), score, device) for score in (AESTHETIC, NULL_AESTHETIC))
+    good, poor = (size_ids(conditioner, size, len(prompts), score, device) for score in scores)
     none = torch.full((steps, len(prompts)), -1, device=device)
     return Conditions(
         [(Along(whole, each, good), weights) for each, weights in positive],

@@ -96,6 +96,8 @@ _KEYS = {
     "Schedule rho": "sampler.rho",
     "Schedule max sigma": "sampler.ramp_max",
     "Tolerance": "sampler.tolerance",
+    "Aesthetic score": "sampler.aesthetic",
+    "Negative aesthetic score": "sampler.negative_aesthetic",
 }
 # Never longer to fail than the line is: nothing in it can match the same text in two ways.
 _PAIR = re.compile(r'\s*([^\W_][^:,"]*):\s*("(?:[^"\\]|\\.)*"(?=\s*(?:,|$))|[^,]*)(?:\s*,|\s*$)')
@@ -107,9 +109,9 @@ class Settings:
 
     class_id: in place of the prompt, for models of classes. size: height and width in pixels. strength: how much of
     `image`, where there is one, is drawn anew. image, mask: `fingerprint` of the picture begun from, and of where it
-    was painted. refiner: the checkpoint that goes on after the share `handover` of the steps. loras: weights by file.
-    model: name of the checkpoint. model_hash: the first ten digits of the SHA-256 of its denoiser's file. weights: ema
-    or model.
+    was painted. refiner: the checkpoint that goes on after the share `handover` of the steps, or where its training
+    ends. loras: weights by file. model: name of the checkpoint. model_hash: the first ten digits of the SHA-256 of its
+    denoiser's file. weights: ema or model.
     """
 
     prompt: str = ""

@@ -67,7 +67,7 @@ LONGEST_ALT = 500  # characters of it that go into a prompt
 class CaptionConfig:
     """Whom to ask, what, and how patiently."""
 
-    url: str = "http://127.0.0.1:8000/v1"
+    url: str = "http://127.0.0.1:8000/v1"  # of a server that speaks OpenAI's chat completions
     model: str = ""  # as the server calls it
     key_env: str = ""  # the environment variable that holds the API key; the key itself stands in no file
     prompts: dict[str, str] = field(default_factory=lambda: dict(PROMPTS))  # caption's name: prompt; {alt} is inserted
@@ -75,9 +75,9 @@ class CaptionConfig:
     # no better; below 512, small writing and faces are lost.
     max_side: int = 768
     max_pixels: int = MAX_PIXELS  # larger pictures are not decoded
-    temperature: float = 0.0
+    temperature: float = 0.0  # 0 takes the likeliest words
     max_tokens: int = 512  # of one answer; one that is cut is asked for once more, with twice as many
-    seed: int = 0
+    seed: int = 0  # sent with every request
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the request; null takes one out
     max_chars: int = 3000  # longer answers are no captions
     required: bool = False  # whether a picture without any caption is dropped
@@ -86,7 +86,7 @@ class CaptionConfig:
     retries: int = 5  # of one request
     backoff: float = 1.0  # seconds before the first of them; doubled each time
     patience: float = 300.0  # seconds for a server that was there to come back
-    max_faults: float = 0.2
+    max_faults: float = 0.2  # share of pictures that may stay without an answer
 
     def __post_init__(self):
         if "@" in self.url:  # not repeated here

@@ -80,8 +80,8 @@ class DedupConfig:
     against: list[str] = field(
         default_factory=list
     )  # folders of finished dedup steps, none of whose pictures may occur
-    max_pixels: int = MAX_PIXELS
-    max_faults: float = 0.5
+    max_pixels: int = MAX_PIXELS  # larger pictures are not decoded
+    max_faults: float = 0.5  # share of pictures that may be broken
 
     def __post_init__(self):
         if self.distance is not None and not 0 <= self.distance <= 10:

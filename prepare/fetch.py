@@ -58,10 +58,10 @@ class FetchConfig:
     retries: int = 2  # after failed connections, cut bodies, 429 and 5xx
     backoff: float = 0.5  # s before the first retry, doubled with each, give or take half
     concurrency: int = 64  # connections in all, a process
-    per_host: int = 8
-    max_bytes: int = 20_000_000
+    per_host: int = 8  # connections to one host, a process
+    max_bytes: int = 20_000_000  # of a body; longer ones are cut off and left out
     respect_robots: bool = True  # leave out what is served with X-Robots-Tag: noai, noimageai, noindex, noimageindex
-    user_agent: str = "Triptych (collects images of a dataset)"
+    user_agent: str = "Triptych (collects images of a dataset)"  # what we call ourselves; has to name Triptych
     allow_hosts: list[str] = field(default_factory=list)  # "host" or "host:port" that may have any address
 
     def __post_init__(self):

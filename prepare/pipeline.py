@@ -49,7 +49,7 @@ class PrepareConfig:
     the source says of each. processes: of this machine, for the steps that compute.
     """
 
-    out: str
+    out: str  # the folder of all that is made
     steps: list[Step]
     processes: int = 1
     source: SourceConfig = field(default_factory=SourceConfig)

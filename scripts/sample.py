@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # at run time inside functions: --help need not wait for torch
     from inference.picture import Settings
 
-SAMPLER_KEYS = ("steps", "guidance", "negative_scale", "rescale", "interval", "eta", "rho", "ramp_max", "tolerance")
+SAMPLER_KEYS = (
+    "steps", "guidance", "negative_scale", "rescale", "interval", "eta", "rho", "ramp_max", "tolerance", "aesthetic",
+    "negative_aesthetic",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -66,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--eta", type=float, help="fresh noise of the stochastic samplers, 0 to 1")
     add("--tolerance", type=float, help="of dopri5")
+    add("--aesthetic", type=float, help="score that a refiner is told, 0 to 10 (default: 6)")
 
     add = made.add_argument_group("from a picture").add_argument
     add("--init-image", type=Path, help="draw over this one")
@@ -75,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument_group("with other weights").add_argument
     add("--weights", default="ema", choices=("ema", "model"))
     add("--refiner", help="checkpoint that draws the last steps")
-    add("--handover", type=float, default=0.8, help="share of the steps before the refiner's (default: 0.8)")
+    add("--handover", type=float, help="share of the steps before it (default: where its training ends, or 0.8)")
     add("--lora", action="append", default=[], metavar="FILE:WEIGHT", help="may be repeated")
 
     add = made.add_argument_group("machine").add_argument

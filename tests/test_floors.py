@@ -18,7 +18,10 @@ FLOORS |= {"scripts": 5, "app": 5} | {path.stem: 5 for path in ROOT.glob("*.py")
 HIGH = {"hydra", "omegaconf"}  # floors 4 and 5 only: below, configs are plain dataclasses
 BANNED = {"pickle", "cloudpickle", "dill", "torchvision"}  # weights are safetensors; torchvision must fit torch exactly
 # need not be installed
-EXTRAS = {"accelerate", "datasets", "gradio", "starlette", "tensorboard", "torchao", "transformer_engine", "wandb"}
+EXTRAS = {
+    "accelerate", "datasets", "gradio", "matplotlib", "mkdocs", "onnx", "onnxruntime", "optuna", "starlette",
+    "tensorboard", "tokenizers", "torchao", "transformer_engine", "wandb",
+}  # fmt: skip
 
 FILES = [*ROOT.glob("*.py"), *(file for name in FLOORS for file in sorted((ROOT / name).rglob("*.py")))]
 SOURCES = pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())

@@ -42,10 +42,10 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz")
 class SourceConfig:
     """Where captioned pictures are. Braces ({00000..00012}.tar) and globs are expanded; several paths join in order."""
 
-    paths: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)  # files, folders, globs or addresses
     captions: list[str] = field(default_factory=list)  # columns, JSON fields or extensions; empty: those known
     image: str | None = None  # the column of images, or of their paths; None: one of those known
-    part_size: int = 10_000
+    part_size: int = 10_000  # pictures or rows of a part, where the source has no parts of its own
 
     def __post_init__(self):
         if self.part_size < 1:

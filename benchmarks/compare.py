@@ -1,0 +1,441 @@
+"""Which choices pay: short trainings on the shapes that differ in one thing, with several seeds.
+
+    python benchmarks/compare.py transitions            train what is missing, print the table, draw the plot
+    python benchmarks/compare.py optimizers --table     the table of what there is
+    python benchmarks/compare.py optimizers --time      what an image costs; the machine should be idle
+
+All begin with a stage 1 of the demo (`make demo`, or --start), which draws 0.9 of its classes right, and go on for some
+thousand images with a constant rate; checkpoints on the way take the exam of 252 labels with the averaged weights. From
+scratch the classes are learnt after 50,000 images only, too many for several seeds on a CPU. Each training is a process
+with one thread, so that results do not depend on what else runs, and one that was killed goes on where it was.
+
+"Images saved" is the length at which the base would be as good as the variant, over the variant's own length, a mean
+over the exams where that can be said: 2 means that the base needs twice as many images.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "outputs" / "compare"
+
+
+@dataclass(slots=True, kw_only=True)
+class Variant:
+    """One thing done differently. `start` is where it begins: "" nowhere, START the common start, else a variant's end.
+
+    `of` is the variant that it is compared with. `just_after` are overrides of `reparameterize.py` that make of the
+    start what the training begins with, which takes the exam too.
+    """
+
+    name: str
+    settings: list[str] = field(default_factory=list)
+    start: str = "START"
+    of: str = "base"
+    images: int | None = None  # another length than the study's
+    just_after: list[str] | None = None
+    distil: int = 0  # images of `benchmarks/distil.py` before, which count
+
+
+@dataclass(slots=True, kw_only=True)
+class Study:
+    """A command, the images after which there is an exam, and what is compared."""
+
+    title: str
+    command: list[str]
+    exams: list[int]
+    variants: list[Variant]
+    prepare: list[list[str]] = field(default_factory=list)
+
+    def variant(self, name: str) -> Variant:
+        return next(variant for variant in self.variants if variant.name == name)
+
+
+SHAPES = ["scripts/prepare.py", "shapes", "--resolution", "64", "--images", "20000", "--two", "0"]
+LARGE = [
+    "scripts/prepare.py", "shapes", "--resolution", "128", "--images", "6000", "--two", "0", "--out",
+    "datasets/labelled-128",
+]  # fmt: skip
+SMALL = [
+    "train_stage1.py", "sampler=euler", "sampler.steps=12", "sampler.guidance=2", "evaluate.count=0",
+    "train.batch_size=32", "train.log_every=1000", "sample.every=10000000", "sample.first=10000000",
+    "checkpoint.keep=1", "ema.halflife=1000", "ema.rampup=0.1", "optim.lr=1e-3", "optim.warmup=500", "optim.final=1",
+]  # fmt: skip
+FLOW = [*SMALL, "objective=flow"]
+AFTER = ["model=ccdit_tiny"]
+ALIGNED = [
+    "align.path=assets/shapes", "align.subfolder=image_encoder", "align.weight=0.5", "model.align_dim=64",
+    "model.align_depth=2",
+]  # fmt: skip
+
+
+def rates(name: str, settings: list[str], *tried: str) -> list[Variant]:
+    """One kind of optimizer with several learning rates."""
+    return [Variant(name=f"{name} {lr}", settings=[*settings, f"optim.lr={lr}"]) for lr in tried]
+
+
+STUDIES = {
+    "optimizers": Study(
+        title="Optimizers, from noise prediction to flow",
+        command=FLOW,
+        exams=[1024, 2048, 4096],
+        prepare=[SHAPES],
+        variants=[
+            Variant(name="base"),
+            *rates("adamw", [], "5e-4", "2e-3", "4e-3"),
+            *rates("adamw8bit", ["optim=adamw8bit"], "1e-3"),
+            *rates("adafactor", ["optim=adafactor"], "2.5e-3", "1e-2"),
+            *rates("muon", ["optim=muon"], "1e-3", "2e-3", "4e-3", "8e-3"),
+            *rates("schedule_free", ["optim=schedule_free"], "1e-3", "4e-3"),
+            *rates("bf16 weights", ["optim.weights=bf16", "train.precision=bf16"], "1e-3"),
+        ],
+    ),
+    "efficiency": Study(
+        title="Recipes for efficiency, from noise prediction to flow",
+        command=FLOW,
+        exams=[1024, 2048, 4096],
+        prepare=[SHAPES],
+        variants=[
+            Variant(name="base"),
+            Variant(name="muon", settings=["optim=muon", "optim.lr=2e-3"]),
+            Variant(name="TREAD, half of the tokens", settings=["model.route=0.5", "model.route_blocks=[1,4]"]),
+            Variant(name="REPA", settings=ALIGNED),
+            Variant(name="contrastive flow matching", settings=["objective.contrast=0.05"]),
+            Variant(name="uniform times", settings=["objective.times=uniform"]),
+            Variant(name="v", settings=["objective=v", "objective.weighting=none"], of="v"),
+            Variant(name="v, Min-SNR 5", settings=["objective=v"], of="v"),
+        ],
+    ),
+    "transitions": Study(
+        title="From one objective to another",
+        command=SMALL,
+        exams=[512, 1024, 2048, 4096],
+        prepare=[SHAPES],
+        variants=[
+            Variant(name="eps to v", settings=["objective=v"], just_after=["objective=v"], of=""),
+            Variant(
+                name="eps to v, told the index",
+                settings=["objective=v", "objective.network_time=index"],
+                just_after=["objective=v", "objective.network_time=index"],
+                of="",
+            ),
+            Variant(name="eps to flow", settings=["objective=flow"], just_after=["objective=flow"], of=""),
+            Variant(
+                name="eps to flow, told the index",
+                settings=["objective=flow", "objective.network_time=index"],
+                just_after=["objective=flow", "objective.network_time=index"],
+                of="",
+            ),
+            Variant(
+                name="eps to flow, distilled first",
+                settings=["objective=flow"],
+                just_after=["objective=flow"],
+                distil=512,
+                of="",
+            ),
+            Variant(
+                name="eps to v to flow",
+                settings=["objective=flow"],
+                start="eps to v",
+                just_after=["objective=flow"],
+                of="",
+            ),
+        ],
+    ),
+    "resolution": Study(
+        title="From 64 to 128 px",
+        command=[*SMALL, "data.resolution=128", "data.path=datasets/labelled-128", "objective=eps"],
+        exams=[512, 1024, 2048],
+        prepare=[LARGE],
+        variants=[
+            Variant(name="positions kept in range", just_after=[], of=""),
+            Variant(
+                name="positions counted on", settings=["model.base_size=16"], just_after=["model.base_size=16"], of=""
+            ),
+            Variant(name="patches enlarged", settings=["model.patch_size=4", "model.base_size=16"],
+                    just_after=["model.patch_size=4", "model.base_size=16"], of=""),
+            Variant(name="from scratch", start="", of=""),
+        ],
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One process: a variant and a seed."""
+
+    study: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"compare/{self.study}/{self.variant.replace(' ', '-').replace(',', '')}/{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "outputs" / self.name
+
+    def accuracies(self) -> dict[int, float]:
+        """By images seen; empty until the training has ended."""
+        path = self.folder / "accuracies.json"
+        return {int(n): value for n, value in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+
+def trainings(name: str, seeds: int) -> list[Training]:
+    """All of a study, those of the first seed first, so that a table has every row early."""
+    return [Training(name, variant.name, seed) for seed in range(seeds) for variant in STUDIES[name].variants]
+
+
+def command(training: Training, start: Path) -> list[str]:
+    """What trains it."""
+    study = STUDIES[training.study]
+    variant = study.variant(training.variant)
+    own = [f"name={training.name}", f"seed={training.seed}", f"train.images={variant.images or study.exams[-1]}"]
+    every = study.exams[0]
+    saves = [f"checkpoint.every={every}", f"checkpoint.keep_every={every}"]
+    return [sys.executable, *study.command, *saves, *variant.settings, *begin(training, start), *own]
+
+
+def begin(training: Training, start: Path, distilled: bool = True) -> list[str]:
+    """`init.from` of a training, or of what is distilled before it."""
+    variant = STUDIES[training.study].variant(training.variant)
+    before, distil = variant.start, variant.distil
+    if not before:
+        return []
+    if distil and distilled:
+        return [f"init.from={training.folder / 'distilled'}"]
+    return [f"init.from={start if before == 'START' else Training(training.study, before, training.seed).folder}"]
+
+
+def alone() -> dict[str, str]:
+    """The environment of a process of one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def train(training: Training, start: Path) -> None:
+    """Train to the end and take the exams, unless that was done."""
+    if training.accuracies():
+        return
+    training.folder.mkdir(parents=True, exist_ok=True)
+    examine = [sys.executable, __file__, training.study, "--exam", training.variant, "--seed", str(training.seed)]
+    steps = [command(training, start), [*examine, "--start", str(start)]]
+    variant = STUDIES[training.study].variant(training.variant)
+    if variant.distil and not (training.folder / "distilled").is_dir():
+        source = begin(training, start, distilled=False)[0].removeprefix("init.from=")
+        settings = [*STUDIES[training.study].command[1:], *variant.settings, f"seed={training.seed}"]
+        out = ["--images", str(variant.distil), "--out", str(training.folder / "distilled")]
+        steps.insert(0, [sys.executable, "benchmarks/distil.py", source, *settings, *out])
+    with (training.folder / "log.txt").open("w") as log:
+        for step in steps:
+            code = subprocess.call(step, cwd=ROOT, env=alone(), stdout=log, stderr=subprocess.STDOUT)
+            if code:
+                print(f"{training.name} ended with {code}: see {training.folder / 'log.txt'}", flush=True)
+                return
+    print(f"{time.strftime('%H:%M')}  {training.name}  {training.accuracies()}", flush=True)
+
+
+def examine(training: Training, start: Path) -> None:
+    """The exam at every length, and at none if there was a start; checkpoints but the last are removed then."""
+    import torch
+
+    from data import shapes
+    from inference.pipeline import Pipeline
+
+    torch.set_num_threads(1)
+    study = STUDIES[training.study]
+    variant = study.variant(training.variant)
+    known = [shapes.PAIRS.index(pair) for pair in shapes.TRAIN_PAIRS]
+    ids = [known[i % len(known)] for i in range(252)]
+
+    def accuracy(path: Path) -> float:
+        pipeline = Pipeline.load(path)
+        seeds = range(1234, 1234 + len(ids))
+        parts = [slice(i, i + 63) for i in range(0, len(ids), 63)]
+        sampler = Pipeline.load(training.folder).description.sampler
+        drawn = [pipeline.generate(class_ids=ids[p], seeds=list(seeds[p]), sampler=sampler) for p in parts]
+        return shapes.mark_classes(ids, np.concatenate(drawn))
+
+    found: dict[int, float] = {}
+    if variant.just_after is not None:
+        became = training.folder / "just-after"
+        if not became.is_dir():
+            source = begin(training, start, distilled=False)[0].removeprefix("init.")
+            subprocess.run(
+                [sys.executable, "reparameterize.py", source, *AFTER, *variant.just_after, f"out={became}"],
+                cwd=ROOT, env=alone(), check=True,
+            )  # fmt: skip
+        found[0] = accuracy(became)
+    if variant.distil:
+        found[variant.distil] = accuracy(training.folder / "distilled")
+    for images in study.exams:
+        found[variant.distil + images] = accuracy(training.folder / "checkpoints" / str(images))
+    (training.folder / "accuracies.json").write_text(json.dumps(found) + "\n")
+    for images in range(study.exams[0], study.exams[-1], study.exams[0]):
+        shutil.rmtree(training.folder / "checkpoints" / str(images), ignore_errors=True)
+
+
+def costs(name: str, start: Path, rounds: int = 5, images: int = 640) -> dict[str, float]:
+    """Seconds an image of each variant, all in turns: the median over rounds of a short training's own clock."""
+    found: dict[str, list[float]] = {variant.name: [] for variant in STUDIES[name].variants}
+    for turn in range(rounds):
+        for variant in STUDIES[name].variants:
+            training = Training(name, variant.name, 1000 + turn)
+            extra = [f"train.images={2 * images}", f"train.log_every={images}", "checkpoint.every=10000000"]
+            line = [*command(training, start), *extra, "checkpoint.keep_every=null"]
+            subprocess.run(line, cwd=ROOT, env=alone(), check=True, stdout=subprocess.DEVNULL)
+            lines = map(json.loads, (training.folder / "metrics.jsonl").read_text().splitlines())
+            rates = [line["images_per_s"] for line in lines if line["kind"] == "train"]
+            found[variant.name].append(1 / rates[-1])  # the first has the start in it
+            shutil.rmtree(training.folder)
+    return {variant: statistics.median(seconds) for variant, seconds in found.items()}
+
+
+def equivalent(accuracy: float, curve: dict[int, float]) -> float:
+    """Images at which a base of this curve is as accurate, by lines over the logarithm; NaN beyond its ends."""
+    images, values = np.log([n for n in curve if n]), np.maximum.accumulate([a for n, a in curve.items() if n])
+    if not values[0] <= accuracy <= values[-1]:
+        return math.nan
+    return float(np.exp(np.interp(accuracy, values, images)))
+
+
+def curves(name: str, seeds: int) -> dict[str, dict[int, list[float]]]:
+    """Accuracies by variant and images, one for each seed that has ended."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for training in trainings(name, seeds):
+        for images, value in training.accuracies().items():
+            found.setdefault(training.variant, {}).setdefault(images, []).append(value)
+    return found
+
+
+def table(name: str, seeds: int) -> str:
+    """Markdown: accuracy after so many images with its deviation over seeds, cost of an image, and what is saved."""
+    study, path, found = STUDIES[name], ROOT / "benchmarks" / f"{name}.json", curves(name, seeds)
+    told: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    seconds = told.get("seconds_an_image", {})
+    lengths = sorted({images for curve in found.values() for images in curve})
+    compared = any(variant.of for variant in study.variants)
+    extra = ["images saved", "time an image", "time saved"] if compared else ["images to 0.85"]
+    lines = [row(["", "seeds", *(f"{n:,}" for n in lengths), *extra]), row(["---"] * (2 + len(lengths) + len(extra)))]
+    for variant in study.variants:
+        if variant.name not in found:
+            continue
+        curve = found[variant.name]
+        means = {n: statistics.mean(values) for n, values in sorted(curve.items())}
+        if compared:
+            base = {n: statistics.mean(values) for n, values in sorted(found.get(variant.of, {}).items())}
+            saved = math.nan
+            if base and variant.of != variant.name:
+                ratios = [equivalent(means[n], base) / n for n in means if n]
+                saved = float(np.exp(np.nanmean(np.log(ratios)))) if not np.isnan(ratios).all() else math.nan
+            cost = seconds.get(variant.name, math.nan) / seconds.get(variant.of, math.nan)
+            last = [number(saved), number(cost), number(saved / cost)]
+        else:
+            last = [reached(means, 0.85)]
+        cells = [spread(curve[n]) if n in curve else "" for n in lengths]
+        lines.append(row([variant.name, str(len(next(iter(curve.values())))), *cells, *last]))
+    return "\n".join(lines)
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and deviation."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else ""
+
+
+def reached(curve: dict[int, float], level: float) -> str:
+    """After how many images a level is reached, in words."""
+    last = max(curve)
+    if curve.get(0, 0) >= level:
+        return "0"
+    images = equivalent(level, curve)
+    if math.isfinite(images):
+        return f"{images:,.0f}"
+    return f"under {min(n for n in curve if n):,}" if curve[last] >= level else f"over {last:,}"
+
+
+def plot(name: str, seeds: int, path: Path) -> None:
+    """Accuracy over images, a line a variant with every seed's points, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for variant, curve in curves(name, seeds).items():
+        lengths = sorted(curve)
+        (line,) = axes.plot(lengths, [statistics.mean(curve[n]) for n in lengths], label=variant, linewidth=2)
+        for n in lengths:
+            axes.plot([n] * len(curve[n]), curve[n], ".", color=line.get_color(), alpha=0.4, markersize=5)
+    axes.set_xscale("symlog", base=2, linthresh=STUDIES[name].exams[0])
+    lengths = [0, *STUDIES[name].exams]
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.minorticks_off()
+    axes.set(xlabel="images after the change", ylabel="class accuracy", ylim=(0, 1), title=STUDIES[name].title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Train, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each kind")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread at once")
+    parser.add_argument("--only", nargs="*", help="names of variants; all by default")
+    parser.add_argument("--start", type=Path, default=ROOT / "outputs/demo/stage1", help="what to begin with")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--time", action="store_true", help="measure what an image costs instead")
+    parser.add_argument("--exam", metavar="VARIANT", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    study = STUDIES[args.study]
+    if args.exam:
+        examine(Training(args.study, args.exam, args.seed), args.start)
+        return
+    if args.time:
+        measured = {"seconds_an_image": costs(args.study, args.start)}
+        (ROOT / "benchmarks" / f"{args.study}.json").write_text(json.dumps(measured, indent=1) + "\n")
+    elif not args.table:
+        if not args.start.is_dir():
+            parser.error(f"--start {args.start} is not there; `make demo` makes it")
+        for preparation in study.prepare:
+            subprocess.run([sys.executable, *preparation], cwd=ROOT, check=True)
+        wanted = [t for t in trainings(args.study, args.seeds) if not args.only or t.variant in args.only]
+        for seed in range(args.seeds):  # a variant may begin with the end of another of its seed
+            for first in (True, False):
+                group = [
+                    t for t in wanted if t.seed == seed and (study.variant(t.variant).start in ("", "START")) == first
+                ]
+                with ThreadPoolExecutor(args.jobs) as pool:
+                    list(pool.map(lambda training: train(training, args.start), group))
+    print(table(args.study, args.seeds))
+    plot(args.study, args.seeds, OUT / f"{args.study}.svg")
+
+
+if __name__ == "__main__":
+    main()
