@@ -42,12 +42,12 @@ from models import embed
 from models.autoencoder import factor_of
 from models.base import Cond
 from models.layers import Checkpointing
+from models.lora import adapt
 from models.pretrained import FrozenConfig
 from models.text import TextConfig
 from models.unet import SIZE_DIM
 from models.weights import locate
 from training.config import RunConfig
-from training.ema import EMA
 from training.flops import PEAKS, flops_per_image
 from training.optim import Kind, OptimConfig, Ruled, Weights, build_optimizer
 
@@ -201,10 +201,8 @@ class Rehearsal:
         self.denoiser = self._as_trained()
         self.optimizer, self.spare = self.optimizer_bytes(cfg.optim)
         self.eight_bit, _ = self.optimizer_bytes(replace(cfg.optim, kind=Kind.adamw8bit))
-        with Ledger() as ledger:
-            averages = EMA(on_meta(cfg), cfg.ema)
-            self.ema = ledger.live.total()
-            del averages
+        averaged = self.free if cfg.adapts else list(self.denoiser.parameters())
+        self.ema = (1 + len(cfg.ema.sigma_rel)) * 4 * sum(p.numel() for p in averaged)  # float32
         self.weights = sum(p.nbytes for p in self.denoiser.parameters())
         sizes = [p.nbytes for p in self.free]
         self.gradients = max(sizes) if cfg.optim.in_backward else sum(sizes)
@@ -214,14 +212,15 @@ class Rehearsal:
             parameter.register_post_accumulate_grad_hook(self._ledger.gradient)
 
     def _as_trained(self) -> Any:
-        """Fake tensors cannot change their type in place, so what the optimizer's start does is done by hand."""
-        twin = on_meta(self.cfg)
+        """The network as it is on the meta device, in fake tensors on the CPU, which cannot change type in place."""
+        denoiser = on_meta(self.cfg)
         with self._fake:
-            denoiser: Any = self.cfg.model.build()
-            for fake, meta in zip(denoiser.modules(), twin.modules(), strict=True):
-                for name, like in meta.named_parameters(recurse=False):
-                    weight = getattr(fake, name).detach().to(like.dtype)
-                    setattr(fake, name, nn.Parameter(weight, requires_grad=like.requires_grad))
+            for part in denoiser.modules():
+                for name, like in part.named_parameters(recurse=False):
+                    weight = torch.empty(like.shape, dtype=like.dtype)
+                    setattr(part, name, nn.Parameter(weight, requires_grad=like.requires_grad))
+                for name, like in part.named_buffers(recurse=False):
+                    setattr(part, name, torch.empty(like.shape, dtype=like.dtype))
         return denoiser
 
     @property
@@ -234,7 +233,7 @@ class Rehearsal:
         config = replace(config, in_backward=False)
         if config.kind is not Kind.adamw or config.weights is not Weights.fp32:
             with torch.device("meta"):
-                denoiser = self.cfg.model.build()
+                denoiser = built(self.cfg)
             optimizer: Any = build_optimizer(denoiser, config)
             return _ruled_bytes(optimizer, denoiser)
         with self._fake, Ledger(self.free) as ledger:
@@ -452,8 +451,15 @@ class Shards:
 def on_meta(cfg: RunConfig) -> Any:
     """The denoiser as the run trains it: what is frozen is, and its weights have their type."""
     with torch.device("meta"):
-        denoiser = cfg.model.build()
+        denoiser = built(cfg)
     build_optimizer(denoiser, replace(cfg.optim, in_backward=False))
+    return denoiser
+
+
+def built(cfg: RunConfig) -> Any:
+    """The denoiser, with adapters if it gets some; those of text encoders are left out."""
+    denoiser: Any = cfg.model.build()
+    adapt(denoiser, None)
     return denoiser
 
 
@@ -786,6 +792,7 @@ def disk(cfg: RunConfig, question: Question, rehearsal: Rehearsal, parts: Parts)
         pooled = 2 * parts.pooled + (tokens if rehearsal.cond.text_mask is not None else 0)
         text16, text8 = 2 * tokens * width + pooled, tokens * (width + 2 * width / gcd(width, GROUP)) + pooled
     captions = text16 * max(1, len(cfg.data.caption_weights)) if cfg.data.text_states else 0
+    kept = sum(p.nbytes for p in rehearsal.free) if cfg.adapts else rehearsal.weights  # adapters stand on a base
     return Disk(
         images=images,
         counted=counted,
@@ -793,7 +800,7 @@ def disk(cfg: RunConfig, question: Question, rehearsal: Rehearsal, parts: Parts)
         text_float16=text16,
         text_int8=text8,
         total=images * (latents + captions),
-        checkpoint=rehearsal.weights + rehearsal.ema + rehearsal.optimizer,
+        checkpoint=kept + rehearsal.ema + rehearsal.optimizer,
     )
 
 

@@ -118,6 +118,16 @@ def test_weights_in_bfloat16_and_frozen_ones_are_smaller():
     assert frozen.optimizer == pytest.approx(2 * held.gradients, rel=0.01)
 
 
+def test_adapters_alone_have_gradients_and_averages():
+    plain, _ = foretold(config("pixart_tiny"))
+    cfg = config("pixart_tiny", "model.lora.rank=4", "init.from=assets/shapes/pipeline")
+    frozen, held = foretold(cfg)
+    adapters = sum(p.nbytes for p in on_meta(cfg).parameters() if p.requires_grad)
+    assert frozen.weights == plain.weights + adapters
+    assert frozen.ema == held.gradients == adapters < plain.gradients / 20
+    assert frozen.optimizer == pytest.approx(2 * adapters, rel=0.01)
+
+
 def test_shards_are_a_share_and_rows_that_do_not_divide_lie_on_the_first_ranks():
     cfg = config("pixart_tiny")
     whole = numbers(on_meta(cfg).parameters())
