@@ -33,7 +33,7 @@ class AlignConfig(FrozenConfig):
     group: ClassVar[str] = "align"
 
     path: str = "facebook/dinov2-base"
-    subfolder: str = ""
+    subfolder: str = ""  # of path; "": path itself
     weight: float = 0.0  # the paper's 0.5
 
     def __post_init__(self) -> None:
