@@ -328,7 +328,7 @@ def table(name: str, seeds: int) -> str:
     seconds = told.get("seconds_an_image", {})
     lengths = sorted({images for curve in found.values() for images in curve})
     compared = any(variant.of for variant in study.variants)
-    extra = ["images saved", "time an image", "time saved"] if compared else ["images to 0.85"]
+    extra = ["images saved", "time an image", "time saved"] if compared else ["images to 0.6"]
     lines = [row(["", "seeds", *(f"{n:,}" for n in lengths), *extra]), row(["---"] * (2 + len(lengths) + len(extra)))]
     for variant in study.variants:
         if variant.name not in found:
@@ -344,7 +344,7 @@ def table(name: str, seeds: int) -> str:
             cost = seconds.get(variant.name, math.nan) / seconds.get(variant.of, math.nan)
             last = [number(saved), number(cost), number(saved / cost)]
         else:
-            last = [reached(means, 0.85)]
+            last = [reached(means, 0.6)]
         cells = [spread(curve[n]) if n in curve else "" for n in lengths]
         lines.append(row([variant.name, str(len(next(iter(curve.values())))), *cells, *last]))
     return "\n".join(lines)
