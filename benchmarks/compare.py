@@ -261,12 +261,14 @@ def examine(training: Training, start: Path) -> None:
     known = [shapes.PAIRS.index(pair) for pair in shapes.TRAIN_PAIRS]
     ids = [known[i % len(known)] for i in range(252)]
 
+    about = Pipeline.load(training.folder).description
+    sampler, size = about.sampler, (about.resolution, about.resolution)
+
     def accuracy(path: Path) -> float:
         pipeline = Pipeline.load(path)
         seeds = range(1234, 1234 + len(ids))
         parts = [slice(i, i + 63) for i in range(0, len(ids), 63)]
-        sampler = Pipeline.load(training.folder).description.sampler
-        drawn = [pipeline.generate(class_ids=ids[p], seeds=list(seeds[p]), sampler=sampler) for p in parts]
+        drawn = [pipeline.generate(class_ids=ids[p], seeds=list(seeds[p]), sampler=sampler, size=size) for p in parts]
         return shapes.mark_classes(ids, np.concatenate(drawn))
 
     found: dict[int, float] = {}
