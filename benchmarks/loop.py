@@ -289,7 +289,7 @@ def loops(rounds: int = 20) -> tuple[list[Row], dict[str, float]]:
 def main() -> None:
     """Print both tables."""
     rows, parts = loops()
-    print(f"{'':48}{'ours':>12}{'usual':>12}{'usual/ours':>12}")
+    print(f"{'':64}{'ours':>16}{'usual':>16}{'ratio':>9}")
     for row in rows:
         print(row)
     print()

@@ -30,8 +30,8 @@ class Row:
         return replace(self, ours=self.ours / count, usual=None if self.usual is None else self.usual / count)
 
     def __str__(self) -> str:
-        compared = "" if self.usual is None else f"{self.usual:>8.1f} {self.unit:3}{self.ratio:>11.2f}x"
-        return f"{self.name:48}{self.ours:>8.1f} {self.unit:3}{compared}"
+        ours, usual = (f"{x or 0:>12.{3 if (x or 0) < 10 else 1}f} {self.unit:3}" for x in (self.ours, self.usual))
+        return f"{self.name:64}{ours}" + ("" if self.ratio is None else f"{usual}{self.ratio:>8.2f}x")
 
 
 def compare(name: str, ours: Call, usual: Call, rounds: int = 7) -> Row:

@@ -135,7 +135,7 @@ def main() -> None:
 
     parts: list[Callable[[], Row]] = [optimizer, average, reading, start_up, whole_step]
     rows = []
-    print(f"{'':48}{'ours':>12}{'usual':>12}{'usual/ours':>12}")
+    print(f"{'':64}{'ours':>16}{'usual':>16}{'ratio':>9}")
     for row in chain((part() for part in parts), loops()[0], states(), networks(), sampling(), onnx_rows()):
         print(row, flush=True)
         rows.append(asdict(row) | {"ratio": row.ratio})
