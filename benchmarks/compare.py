@@ -45,7 +45,6 @@ class Variant:
     settings: list[str] = field(default_factory=list)
     start: str = "START"
     of: str = "base"
-    images: int | None = None  # another length than the study's
     just_after: list[str] | None = None
     distil: int = 0  # images of `benchmarks/distil.py` before, which count
 
@@ -204,7 +203,7 @@ def command(training: Training, start: Path) -> list[str]:
     """What trains it."""
     study = STUDIES[training.study]
     variant = study.variant(training.variant)
-    own = [f"name={training.name}", f"seed={training.seed}", f"train.images={variant.images or study.exams[-1]}"]
+    own = [f"name={training.name}", f"seed={training.seed}", f"train.images={study.exams[-1]}"]
     every = study.exams[0]
     saves = [f"checkpoint.every={every}", f"checkpoint.keep_every={every}"]
     return [sys.executable, *study.command, *saves, *variant.settings, *begin(training, start), *own]
