@@ -3,6 +3,7 @@
 pip install -e ".[app]"
 python app/gradio_app.py --checkpoint assets/shapes/pipeline
 python app/gradio_app.py --checkpoint outputs/stage3 --compare outputs/stage1
+python app/gradio_app.py --checkpoint outputs/stage3 --lora style.safetensors:0.7 --lora outputs/figure:0.5
 """
 
 import argparse
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 
 
 def main() -> None:
@@ -19,27 +21,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint or exported pipeline")
     parser.add_argument("--compare", metavar="CHECKPOINT", help="another one, to draw side by side with")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE:WEIGHT", help="may be repeated")
+    parser.add_argument("--refiner", metavar="CHECKPOINT", help="one that draws the last steps")
     parser.add_argument("--share", action="store_true", help="also make a public link, which anyone who has it may use")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # by the way that clears the temporary folder
     try:
-        serve(options.checkpoint, options.compare, port=options.port, share=options.share)
+        given = {"loras": options.lora, "refiner": options.refiner}
+        serve(options.checkpoint, options.compare, **given, port=options.port, share=options.share)
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error.name} is not installed; run: pip install -e ".[app]"')
     except (ValueError, OSError) as error:  # gradio's word for a port that is taken is an OSError
         sys.exit(f"error: {error}")
 
 
-def serve(checkpoint: str, compare: str | None = None, *, port: int = 7860, share: bool = False, block: bool = True):
+def serve(
+    checkpoint: str, compare: str | None = None, *, loras: Sequence[str] = (), refiner: str | None = None,
+    port: int = 7860, share: bool = False, block: bool = True,
+):  # fmt: skip
     """Open the checkpoints and serve their page; returns (page, address), at once unless `block`."""
     folder = tempfile.mkdtemp(prefix="triptych-studio-")  # readable by us alone, unlike gradio's own choice
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}  # before gradio is imported
     from app.page import STYLE, build, theme
     from app.studio import Studio
+    from inference.lora import parse_lora
 
-    page = build(Studio(checkpoint, compare, folder=folder, private=not share)).queue(api_open=False, max_size=32)
+    files = [parse_lora(text) for text in loras]
+    studio = Studio(checkpoint, compare, folder=folder, private=not share, loras=files, refiner=refiner)
+    page = build(studio).queue(api_open=False, max_size=32)
     _, address, _ = page.launch(
         server_name="127.0.0.1", server_port=port, share=share, prevent_thread_lock=not block,
         theme=theme(), css_paths=STYLE, footer_links=[], run_history=False, mcp_server=False, ssr_mode=False,

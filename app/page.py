@@ -6,18 +6,21 @@ from pathlib import Path
 import gradio as gr
 
 from app import view
-from app.form import AS_TRAINED, CHOICES, NOTHING, Form, keys
+from app.form import AS_TRAINED, CHOICES, LORA, NOTHING, Form, keys, title
 from app.studio import Studio
 from app.watch import Glance
 from diffusion.sample import ETA, Sampler
+from inference.pipeline import HANDOVER
 
 STYLE = Path(__file__).with_name("style.css")
-MOST_STEPS, MOST_GUIDANCE = 150, 15.0  # of the sliders; a picture that was drawn with more stretches them
+# of sliders; a picture that was drawn with more stretches them
+SPANS: dict[str, tuple[float, float]] = {"steps": (1, 150), "guidance": (0, 15), LORA: (-1, 2)}
 SMALL = 256  # px: pictures up to here are enlarged with their pixels as they are
 PROMPT = "a large purple star in the centre on a white background"
 BRUSH = "#e879f9"  # seen on most pictures, and bright: a mask is where it is bright
 RESTORED = ("base", "subject", "negative", "seed", "count", "width", "height", "steps", "guidance", "sampler", "grid",
-            "rescale", "eta", "negative_scale", "strength", "inpaint_strength")  # fmt: skip
+            "rescale", "eta", "negative_scale", "strength", "inpaint_strength", "refine",
+            "handover", "aesthetic")  # fmt: skip
 
 
 def theme() -> gr.themes.Base:
@@ -85,6 +88,7 @@ def _settings(studio: Studio):
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
         cancel = gr.Button("Cancel", scale=1, min_width=90, elem_id="cancel")
+    triggers = [draw.click] if studio.by_class else [draw.click, fields["subject"].submit]
     with gr.Row():
         fields["seed"] = gr.Number(0, label="Seed", precision=0, scale=3, min_width=120, elem_id="seed")
         locked = gr.Checkbox(False, label="Keep", scale=0, min_width=110, elem_id="lock")
@@ -93,8 +97,9 @@ def _settings(studio: Studio):
         fields["count"] = gr.Number(1, label="Pictures", precision=0, min_width=80, elem_id="count")
         fields["width"] = gr.Number(trained, label="Width", precision=0, step=unit, min_width=80, elem_id="width")
         fields["height"] = gr.Number(trained, label="Height", precision=0, step=unit, min_width=80, elem_id="height")
-    fields["steps"] = gr.Slider(1, MOST_STEPS, config.steps, step=1, label="Steps", elem_id="steps")
-    fields["guidance"] = gr.Slider(0, MOST_GUIDANCE, config.guidance, step=0.1, label="Guidance", elem_id="guidance")
+    fields["steps"] = gr.Slider(*SPANS["steps"], config.steps, step=1, label="Steps", elem_id="steps")
+    fields["guidance"] = gr.Slider(*SPANS["guidance"], config.guidance, step=0.1, label="Guidance", elem_id="guidance")
+    fields |= _adapted(studio)
     with gr.Accordion("Sampler", open=False, elem_id="sampler"):
         with gr.Row():
             fields["sampler"] = gr.Dropdown(CHOICES["sampler"], value=config.name.name, label="Sampler", min_width=120)
@@ -113,8 +118,34 @@ def _settings(studio: Studio):
         _own_eta, [fields["sampler"], fields["eta"]], fields["eta"], queue=False, show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
-    triggers = [draw.click] if studio.by_class else [draw.click, fields["subject"].submit]
     return fields, triggers, cancel, locked
+
+
+def _adapted(studio: Studio):
+    """The weights of LoRAs, and what the refiner is told, where there are any."""
+    fields: dict[str, gr.components.Component] = {}
+    for name, lora in studio.loras.items():
+        label = LORA + title(name) + f" · say “{lora.trigger}”" * bool(lora.trigger)
+        span = _reaching(SPANS[LORA], lora.weight)
+        fields[LORA + name] = gr.Slider(*span, lora.weight, step=0.05, label=label, elem_classes="lora")
+    if studio.refiner:
+        described = studio.refiner.description
+        whole = described.objective.range[1] == 1
+        with gr.Row():
+            fields["refine"] = gr.Checkbox(True, label="Refiner", scale=0, min_width=110, elem_id="refine")
+            fields["handover"] = gr.Number(
+                label="Hand-over, 0 to 1", placeholder=f"{HANDOVER}" if whole else "where its training ends",
+                min_width=120, elem_id="handover",
+            )  # fmt: skip
+            if studio.refiner.conditioner.reads_score:
+                fields["aesthetic"] = gr.Number(
+                    studio.pipeline.description.sampler.aesthetic, label="Aesthetic score", min_width=120
+                )
+    return fields
+
+
+def _reaching(span: tuple[float, float], value: float) -> tuple[float, float]:
+    return min(span[0], value), max(span[1], value)
 
 
 def _own_eta(sampler: str, eta: float | None) -> dict:
@@ -147,7 +178,7 @@ def _modes(studio: Studio, mode: gr.State):
                 fields["mask"] = gr.Image(label="Or a mask: white is drawn anew", height=190, elem_id="mask", **picture)
                 fields["inpaint_strength"] = gr.Slider(0, 1, 1, step=0.05, label="Strength")
         with gr.Tab("X/Y grid", id="grid") as table:
-            names = keys(studio.by_class)
+            names = keys(studio.by_class, studio.loras)
             with gr.Row():
                 fields["x_key"] = gr.Dropdown(names, value="guidance", label="Across", scale=1)
                 fields["x_values"] = gr.Textbox("1, 2, 4", label="Values, separated by commas", scale=3)
@@ -184,7 +215,7 @@ def _drawing(studio, fields, mode, locked, history, submit, cancel, shown):
             asked["seed"] = secrets.randbelow(2**31)
         yield {status: view.line("Starting"), fields["seed"]: asked["seed"]}
         try:
-            for news in studio.follow(mode, Form(**asked)):
+            for news in studio.follow(mode, Form.of(asked)):
                 if isinstance(news, Glance):
                     yield {status: view.progress(news), live: view.making(news.previews)}
                 elif news is None:
@@ -211,7 +242,7 @@ def _drawing(studio, fields, mode, locked, history, submit, cancel, shown):
 
 def _restoring(studio, fields, locked, dropped, status):
     """A picture that is dropped sets every field that it tells of."""
-    names = [name for name in RESTORED if name in fields]
+    names = [name for name in fields if name in RESTORED or name.startswith(LORA)]
 
     def restore(path):
         try:
@@ -220,9 +251,11 @@ def _restoring(studio, fields, locked, dropped, status):
             raise gr.Error(view.sentence(error), print_exception=False) from error
         if note:
             gr.Warning(view.escape(f"The settings are restored, but {note}."))
-        for name, least, most in (("steps", 1, MOST_STEPS), ("guidance", 0.0, MOST_GUIDANCE)):
-            value = known[name]
-            known[name] = gr.update(value=value, minimum=min(least, value), maximum=max(most, value))
+        known |= {LORA + name: weight for name, weight in known.pop("loras").items()}
+        for name in known:
+            if span := SPANS.get(LORA if name.startswith(LORA) else name):
+                low, high = _reaching(span, known[name])
+                known[name] = gr.update(value=known[name], minimum=low, maximum=high)
         updates = [known[name] if name in known else gr.skip() for name in names]
         return [None, True, view.line("Settings restored; the seed is kept."), *updates]
 

@@ -1,7 +1,7 @@
 """From the page's fields to pictures: no word of HTML or Gradio."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from app.form import AS_TRAINED, Form, axis
+from app.form import AS_TRAINED, Form, axis, title
 from app.sheet import labelled
 from app.watch import Glance, Watch, follow
+from inference.export.lora import trigger_of
 from inference.picture import Settings, fingerprint, fit, open_mask, open_picture, read_settings, save_picture
 from inference.pipeline import Pipeline
 
@@ -29,15 +30,36 @@ class Drawn:
     caption: str
 
 
+@dataclass(slots=True, kw_only=True)
+class Lora:
+    """A LoRA file: where it is, its weight at the start, the words that call it."""
+
+    path: Path
+    weight: float
+    trigger: str
+
+
 class Studio:
     """The open checkpoints, and the folder that their pictures go to.
 
+    `loras`, files with their weights, and `refiner` go with `checkpoint` alone, which beside itself shows what they do.
     `private` is False where strangers may reach the page: no folder is opened then but those it was started with.
     """
 
-    def __init__(self, checkpoint: str, compare: str | None = None, *, folder: str | Path, private: bool = True):
+    def __init__(
+        self, checkpoint: str, compare: str | None = None, *, folder: str | Path, private: bool = True,
+        loras: Sequence[tuple[Path, float]] = (), refiner: str | None = None,
+    ):  # fmt: skip
         self.checkpoint, self.compare, self.folder, self.private = checkpoint, compare, Path(folder), private
         self.pipeline = Pipeline.load(checkpoint)
+        self.pipeline.set_loras(loras)
+        self.loras = {path.name: Lora(path=path, weight=weight, trigger=trigger_of(path)) for path, weight in loras}
+        if len(self.loras) < len(loras):
+            raise ValueError("two files of --lora have the same name, by which pictures tell them; rename one")
+        self.on: dict[str, float] | None = {name: lora.weight for name, lora in self.loras.items()}
+        self.refiner = Pipeline.load(refiner) if refiner else None
+        if self.refiner:
+            self.refiner.join(self.pipeline)
         self.opened = {compare: Pipeline.load(compare)} if compare else {}
         self.numbers = count(1)
         self.lock = threading.Lock()
@@ -81,6 +103,9 @@ class Studio:
         """(b, h, w, 3) uint8, one for each seed, from nothing or from a picture that is cut to their size."""
         size, seeds = size_of(pipeline, form), form.seeds()
         by_class = pipeline.conditioner.text is None
+        own = pipeline is self.pipeline
+        if own:
+            self.add(form.added())
         return pipeline.generate(
             None if by_class else [str(form.subject)] * len(seeds),
             class_ids=[class_id(form.subject)] * len(seeds) if by_class else None,
@@ -91,8 +116,17 @@ class Studio:
             image=None if image is None else fit(image, size),
             mask=None if mask is None else fit(mask, size),
             strength=strength,
+            refiner=self.refiner if own and form.refine else None,
+            handover=form.handover,
             progress=watch.over(pipeline.preview),
         )
+
+    def add(self, loras: dict[str, float]) -> None:
+        """Draw with these LoRAs, by the names of their files, and no others from now on."""
+        if loras != self.on:
+            self.on = None  # should it fail half-way
+            self.pipeline.set_loras([(self.loras[name].path, weight) for name, weight in loras.items()])
+            self.on = loras
 
     def table(self, form: Form, watch: Watch) -> Drawn:
         """One picture for each pair of values of the two axes, as one sheet."""
@@ -121,7 +155,8 @@ class Studio:
         watch.total = 2 * form.config().steps
         columns = [self.pictures(self.pipeline, form, watch), self.pictures(other, theirs, watch)]
         seeds = [f"seed {seed}" for seed in form.seeds()] if len(form.seeds()) > 1 else [""]
-        sheet = labelled(list(zip(*columns, strict=True)), [short(self.checkpoint), short(path)], seeds)
+        ours = " + ".join([short(self.checkpoint), *(title(name) for name in form.added())])
+        sheet = labelled(list(zip(*columns, strict=True)), [ours, short(path)], seeds)
         return self.keep(sheet, self.settings(form, form.seed), "side by side")
 
     def open(self, path: str) -> Pipeline:
@@ -151,6 +186,9 @@ class Studio:
             strength=strength,
             image=None if image is None else fingerprint(fit(image, size)),
             mask=None if mask is None else fingerprint(fit(mask, size)),
+            refiner=self.refiner.name if self.refiner and form.refine else None,
+            handover=form.handover if form.refine else None,
+            loras=form.added(),
             model=self.pipeline.name,
             model_hash=self.model_hash,
         )
@@ -172,6 +210,9 @@ class Studio:
             "sampler": config.name.name, "grid": config.grid.name if config.grid else AS_TRAINED,
             "steps": config.steps, "guidance": config.guidance, "rescale": config.rescale, "eta": config.eta,
             "negative_scale": config.negative_scale, "count": 1,
+            "loras": {name: known.loras.get(name, 0.0) for name in self.loras},
+            "refine": bool(self.refiner and self.refiner.name == known.refiner),
+            "handover": known.handover, "aesthetic": config.aesthetic,
         }  # fmt: skip
         if known.size:
             values["height"], values["width"] = known.size
@@ -182,6 +223,10 @@ class Studio:
         if known.image:
             notes.append("it began from a picture, which must be dropped again")
             values["inpaint_strength" if known.mask else "strength"] = known.strength
+        absent = [f"the LoRA {name}" for name, weight in known.loras.items() if weight and name not in self.loras]
+        if known.refiner and not values["refine"]:
+            absent.append(f"the refiner {known.refiner}")
+        notes += [f"it was drawn with {one}, which is not open here" for one in absent]
         if known.model_hash and known.model_hash != self.model_hash:
             notes.append(f"it was drawn by another checkpoint, {known.model or known.model_hash}")
         return values, "; ".join(notes)
@@ -203,6 +248,8 @@ class Studio:
             ("Size", f"{described.resolution} px"),
             ("Sampler", f"{config.name.name}, {config.steps} steps, guidance {config.guidance:g}"),
             ("Device", str(self.pipeline.device)),
+            *(("LoRA", str(lora.path)) for lora in self.loras.values()),
+            *([("Refiner", self.refiner.name)] if self.refiner else []),
         ]
 
 

@@ -4,10 +4,10 @@
     python benchmarks/compare.py optimizers --table     the table of what there is
     python benchmarks/compare.py optimizers --time      what an image costs; the machine should be idle
 
-All begin with a stage 1 of the demo (`make demo`, or --start), which draws 0.9 of its classes right, and go on for some
-thousand images with a constant rate; checkpoints on the way take the exam of 252 labels with the averaged weights. From
-scratch the classes are learnt after 50,000 images only, too many for several seeds on a CPU. Each training is a process
-with one thread, so that results do not depend on what else runs, and one that was killed goes on where it was.
+Most begin with a stage 1 of the demo (`make demo`, or --start), and go on for some thousand images with a constant
+rate; checkpoints on the way take the exam, of 252 labels or 200 held-out prompts, with the averaged weights. Each
+training is a process with one thread, so that results do not depend on what else runs, and one that was killed goes on
+where it was.
 
 "Images saved" is the length at which the base would be as good as the variant, over the variant's own length, a mean
 over the exams where that can be said: 2 means that the base needs twice as many images.
@@ -37,8 +37,8 @@ OUT = ROOT / "outputs" / "compare"
 class Variant:
     """One thing done differently. `start` is where it begins: "" nowhere, START the common start, else a variant's end.
 
-    `of` is the variant that it is compared with. `just_after` are overrides of `reparameterize.py` that make of the
-    start what the training begins with, which takes the exam too.
+    `of` is the variant that it is compared with. `just_after` are words of `reparameterize.py` that make of the start
+    what the training begins with, which takes the exam too. `exams` are other lengths than the study's.
     """
 
     name: str
@@ -47,23 +47,35 @@ class Variant:
     of: str = "base"
     just_after: list[str] | None = None
     distil: int = 0  # images of `benchmarks/distil.py` before, which count
+    exams: list[int] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Study:
-    """A command, the images after which there is an exam, and what is compared."""
+    """A command, the images after which there is an exam, and what is compared.
+
+    `level` is the accuracy that a training is to come back to; None is what the start has under the same sampler.
+    """
 
     title: str
     command: list[str]
     exams: list[int]
     variants: list[Variant]
     prepare: list[list[str]] = field(default_factory=list)
+    level: float | None = None
 
     def variant(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)
 
+    def lengths(self, name: str) -> list[int]:
+        """After how many images a variant takes the exam."""
+        return self.variant(name).exams or self.exams
+
 
 SHAPES = ["scripts/prepare.py", "shapes", "--resolution", "64", "--images", "20000", "--two", "0"]
+CAPTIONED = [
+    "scripts/prepare.py", "shapes", "--resolution", "128", "--images", "12000", "--two", "0.1", "--text-states"
+]  # fmt: skip
 LARGE = [
     "scripts/prepare.py", "shapes", "--resolution", "128", "--images", "6000", "--two", "0", "--out",
     "datasets/labelled-128",
@@ -74,7 +86,11 @@ SMALL = [
     "checkpoint.keep=1", "ema.halflife=1000", "ema.rampup=0.1", "optim.lr=1e-3", "optim.warmup=500", "optim.final=1",
 ]  # fmt: skip
 FLOW = [*SMALL, "objective=flow"]
-AFTER = ["model=ccdit_tiny"]
+TEXT = "model=pixart_tiny"
+SLOWLY = [*SMALL, "optim.lr=3e-4", "optim.warmup=2000", "ema.halflife=2000"]
+LONG = ["experiment=demo/stage1", "optim.final=0.01", "optim.lr=5e-3", "optim.warmup=3000", "ema.halflife=4000"]
+WIDTHS = ["ema.sigma_rel=[0.05,0.1]", "checkpoint.every=4096", "checkpoint.snapshot_every=4096"]
+ROUTED = ["model.route=0.5", "model.route_blocks=[1,4]"]
 ALIGNED = [
     "align.path=assets/shapes", "align.subfolder=image_encoder", "align.weight=0.5", "model.align_dim=64",
     "model.align_depth=2",
@@ -84,6 +100,12 @@ ALIGNED = [
 def rates(name: str, settings: list[str], *tried: str) -> list[Variant]:
     """One kind of optimizer with several learning rates."""
     return [Variant(name=f"{name} {lr}", settings=[*settings, f"optim.lr={lr}"]) for lr in tried]
+
+
+def changed(name: str, *settings: str, start: str = "START", distil: int = 0) -> Variant:
+    """The same network with other settings: drawn from just after the change, and trained on."""
+    after = ["model=ccdit_tiny", *settings]
+    return Variant(name=name, settings=[*settings], just_after=after, start=start, distil=distil, of="")
 
 
 STUDIES = {
@@ -110,7 +132,7 @@ STUDIES = {
         variants=[
             Variant(name="base"),
             Variant(name="muon", settings=["optim=muon", "optim.lr=2e-3"]),
-            Variant(name="TREAD, half of the tokens", settings=["model.route=0.5", "model.route_blocks=[1,4]"]),
+            Variant(name="TREAD, half of the tokens", settings=ROUTED),
             Variant(name="REPA", settings=ALIGNED),
             Variant(name="contrastive flow matching", settings=["objective.contrast=0.05"]),
             Variant(name="uniform times", settings=["objective.times=uniform"]),
@@ -118,55 +140,58 @@ STUDIES = {
             Variant(name="v, Min-SNR 5", settings=["objective=v"], of="v"),
         ],
     ),
-    "transitions": Study(
-        title="From one objective to another",
-        command=SMALL,
-        exams=[512, 1024, 2048, 4096],
+    "from scratch": Study(
+        title="Recipes for efficiency, from scratch",
+        command=[*FLOW, *LONG],
+        exams=[16384, 32768, 65536],
         prepare=[SHAPES],
         variants=[
-            Variant(name="eps to v", settings=["objective=v"], just_after=["objective=v"], of=""),
-            Variant(
-                name="eps to v, told the index",
-                settings=["objective=v", "objective.network_time=index"],
-                just_after=["objective=v", "objective.network_time=index"],
-                of="",
-            ),
-            Variant(name="eps to flow", settings=["objective=flow"], just_after=["objective=flow"], of=""),
-            Variant(
-                name="eps to flow, told the index",
-                settings=["objective=flow", "objective.network_time=index"],
-                just_after=["objective=flow", "objective.network_time=index"],
-                of="",
-            ),
-            Variant(
-                name="eps to flow, distilled first",
-                settings=["objective=flow"],
-                just_after=["objective=flow"],
-                distil=512,
-                of="",
-            ),
-            Variant(
-                name="eps to v to flow",
-                settings=["objective=flow"],
-                start="eps to v",
-                just_after=["objective=flow"],
-                of="",
-            ),
+            Variant(name="base", start="", settings=WIDTHS),
+            Variant(name="TREAD, half of the tokens", start="", settings=ROUTED),
+            Variant(name="REPA", start="", settings=ALIGNED),
+            Variant(name="contrastive flow matching", start="", settings=["objective.contrast=0.05"]),
+            Variant(name="uniform times", start="", settings=["objective.times=uniform"]),
+        ],
+    ),
+    "transitions": Study(
+        title="From one objective to another",
+        command=SLOWLY,
+        exams=[1024, 2048, 4096, 8192, 16384],
+        prepare=[SHAPES],
+        variants=[
+            changed("eps to v", "objective=v"),
+            changed("eps to v, told the index", "objective=v", "objective.network_time=index"),
+            changed("eps to flow", "objective=flow"),
+            changed("eps to flow, told the index", "objective=flow", "objective.network_time=index"),
+            changed("eps to flow, distilled first", "objective=flow", distil=1024),
+            changed("eps to v to flow", "objective=flow", start="eps to v"),
+        ],
+    ),
+    "architecture": Study(
+        title="From classes to text",
+        command=[
+            "train_stage3.py", "experiment=demo/stage3", "sampler=euler", "sampler.steps=20", "evaluate.count=0",
+            "checkpoint.keep=1", "sample.every=10000000", "sample.first=10000000",
+        ],
+        exams=[8192, 16384, 32768, 65536],
+        prepare=[CAPTIONED],
+        level=0.9,
+        variants=[
+            Variant(name="anchor", settings=["init.mode=anchor"], just_after=[TEXT, "mode=anchor"], of=""),
+            Variant(name="mean", settings=["init.mode=mean"], just_after=[TEXT, "mode=mean"], of=""),
+            Variant(name="new trunk", start="", of=""),
         ],
     ),
     "resolution": Study(
         title="From 64 to 128 px",
-        command=[*SMALL, "data.resolution=128", "data.path=datasets/labelled-128", "objective=eps"],
-        exams=[512, 1024, 2048],
+        command=[*SLOWLY, "data.resolution=128", "data.path=datasets/labelled-128", "objective=eps"],
+        exams=[1024, 2048, 4096, 8192],
         prepare=[LARGE],
         variants=[
-            Variant(name="positions kept in range", just_after=[], of=""),
-            Variant(
-                name="positions counted on", settings=["model.base_size=16"], just_after=["model.base_size=16"], of=""
-            ),
-            Variant(name="patches enlarged", settings=["model.patch_size=4", "model.base_size=16"],
-                    just_after=["model.patch_size=4", "model.base_size=16"], of=""),
-            Variant(name="from scratch", start="", of=""),
+            changed("positions kept in range"),
+            changed("positions counted on", "model.base_size=16"),
+            changed("patches enlarged", "model.patch_size=4", "model.base_size=16"),
+            Variant(name="from scratch", settings=LONG, start="", of="", exams=[16384, 32768]),
         ],
     ),
 }  # fmt: skip
@@ -203,8 +228,9 @@ def command(training: Training, start: Path) -> list[str]:
     """What trains it."""
     study = STUDIES[training.study]
     variant = study.variant(training.variant)
-    own = [f"name={training.name}", f"seed={training.seed}", f"train.images={study.exams[-1]}"]
-    every = study.exams[0]
+    lengths = study.lengths(training.variant)
+    own = [f"name={training.name}", f"seed={training.seed}", f"train.images={lengths[-1]}"]
+    every = lengths[0]
     saves = [f"checkpoint.every={every}", f"checkpoint.keep_every={every}"]
     return [sys.executable, *study.command, *saves, *variant.settings, *begin(training, start), *own]
 
@@ -247,46 +273,68 @@ def train(training: Training, start: Path) -> None:
     print(f"{time.strftime('%H:%M')}  {training.name}  {training.accuracies()}", flush=True)
 
 
-def examine(training: Training, start: Path) -> None:
-    """The exam at every length, and at none if there was a start; checkpoints but the last are removed then."""
+def score(path: Path, sampler: Any, size: tuple[int, int]) -> float:
+    """Share of the exam that a checkpoint's averaged weights draw right: of labels, or of held-out prompts."""
     import torch
 
     from data import shapes
     from inference.pipeline import Pipeline
 
     torch.set_num_threads(1)
-    study = STUDIES[training.study]
-    variant = study.variant(training.variant)
+    pipeline = Pipeline.load(path)
     known = [shapes.PAIRS.index(pair) for pair in shapes.TRAIN_PAIRS]
-    ids = [known[i % len(known)] for i in range(252)]
+    ids, scenes = [known[i % len(known)] for i in range(252)], shapes.exam(1234, 200, 1)
+    of_text = pipeline.description.num_classes is None
+    asked, pictures = [shapes.prompt(scene) for scene in scenes] if of_text else ids, []
+    for i in range(0, len(asked), 50):
+        what: dict[str, Any] = {"prompts" if of_text else "class_ids": asked[i : i + 50]}
+        seeds = list(range(1234 + i, 1234 + min(i + 50, len(asked))))
+        pictures.append(pipeline.generate(**what, seeds=seeds, sampler=sampler, size=size))
+    drawn = np.concatenate(pictures)
+    return shapes.mark(scenes, drawn)["all"] if of_text else shapes.mark_classes(ids, drawn)
 
-    about = Pipeline.load(training.folder).description
-    sampler, size = about.sampler, (about.resolution, about.resolution)
 
-    def accuracy(path: Path) -> float:
-        pipeline = Pipeline.load(path)
-        seeds = range(1234, 1234 + len(ids))
-        parts = [slice(i, i + 63) for i in range(0, len(ids), 63)]
-        drawn = [pipeline.generate(class_ids=ids[p], seeds=list(seeds[p]), sampler=sampler, size=size) for p in parts]
-        return shapes.mark_classes(ids, np.concatenate(drawn))
+def examine(training: Training, start: Path) -> None:
+    """The exam at every length, and at none if there was a start; checkpoints but the last are removed then."""
+    from inference.description import Description
 
+    study = STUDIES[training.study]
+    variant, lengths = study.variant(training.variant), study.lengths(training.variant)
+    about = Description.load(training.folder)
+    size = (about.resolution, about.resolution)
     found: dict[int, float] = {}
     if variant.just_after is not None:
         became = training.folder / "just-after"
         if not became.is_dir():
             source = begin(training, start, distilled=False)[0].removeprefix("init.")
             subprocess.run(
-                [sys.executable, "reparameterize.py", source, *AFTER, *variant.just_after, f"out={became}"],
+                [sys.executable, "reparameterize.py", source, *variant.just_after, f"out={became}"],
                 cwd=ROOT, env=alone(), check=True,
             )  # fmt: skip
-        found[0] = accuracy(became)
+        found[0] = score(became, about.sampler, size)
     if variant.distil:
-        found[variant.distil] = accuracy(training.folder / "distilled")
-    for images in study.exams:
-        found[variant.distil + images] = accuracy(training.folder / "checkpoints" / str(images))
+        found[variant.distil] = score(training.folder / "distilled", about.sampler, size)
+    for images in lengths:
+        path = training.folder / "checkpoints" / str(images)
+        found[variant.distil + images] = score(path, about.sampler, size)
     (training.folder / "accuracies.json").write_text(json.dumps(found) + "\n")
-    for images in range(study.exams[0], study.exams[-1], study.exams[0]):
+    for images in range(lengths[0], lengths[-1], lengths[0]):
         shutil.rmtree(training.folder / "checkpoints" / str(images), ignore_errors=True)
+
+
+def level(name: str, start: Path) -> float:
+    """What a training is to come back to: the study's, or what its start draws right with the same sampler."""
+    from configs.schema import compose
+    from inference.description import Description
+
+    study, path = STUDIES[name], OUT / name / "before.json"
+    if study.level is not None:
+        return study.level
+    if not path.is_file():
+        sampler, size = compose("stage1", study.command[1:]).sampler, Description.load(start).resolution
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(score(start, sampler, (size, size))) + "\n")
+    return json.loads(path.read_text())
 
 
 def costs(name: str, start: Path, rounds: int = 5, images: int = 640) -> dict[str, float]:
@@ -322,14 +370,15 @@ def curves(name: str, seeds: int) -> dict[str, dict[int, list[float]]]:
     return found
 
 
-def table(name: str, seeds: int) -> str:
-    """Markdown: accuracy after so many images with its deviation over seeds, cost of an image, and what is saved."""
+def table(name: str, seeds: int, start: Path) -> str:
+    """Markdown: accuracy after so many images with its deviation over seeds, and what is saved or needed."""
     study, path, found = STUDIES[name], ROOT / "benchmarks" / f"{name}.json", curves(name, seeds)
     told: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     seconds = told.get("seconds_an_image", {})
     lengths = sorted({images for curve in found.values() for images in curve})
     compared = any(variant.of for variant in study.variants)
-    extra = ["images saved", "time an image", "time saved"] if compared else ["images to 0.6"]
+    wanted = math.nan if compared else level(name, start)
+    extra = ["images saved", "time an image", "time saved"] if compared else [f"images to {wanted:.2f}"]
     lines = [row(["", "seeds", *(f"{n:,}" for n in lengths), *extra]), row(["---"] * (2 + len(lengths) + len(extra)))]
     for variant in study.variants:
         if variant.name not in found:
@@ -345,7 +394,7 @@ def table(name: str, seeds: int) -> str:
             cost = seconds.get(variant.name, math.nan) / seconds.get(variant.of, math.nan)
             last = [number(saved), number(cost), number(saved / cost)]
         else:
-            last = [reached(means, 0.6)]
+            last = [reached(means, wanted)]
         cells = [spread(curve[n]) if n in curve else "" for n in lengths]
         lines.append(row([variant.name, str(len(next(iter(curve.values())))), *cells, *last]))
     return "\n".join(lines)
@@ -390,10 +439,12 @@ def plot(name: str, seeds: int, path: Path) -> None:
         for n in lengths:
             axes.plot([n] * len(curve[n]), curve[n], ".", color=line.get_color(), alpha=0.4, markersize=5)
     axes.set_xscale("symlog", base=2, linthresh=STUDIES[name].exams[0])
-    lengths = [0, *STUDIES[name].exams]
+    lengths = sorted(
+        {0, *(images for variant in STUDIES[name].variants for images in STUDIES[name].lengths(variant.name))}
+    )
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
-    axes.set(xlabel="images after the change", ylabel="class accuracy", ylim=(0, 1), title=STUDIES[name].title)
+    axes.set(xlabel="images after the change", ylabel="accuracy", ylim=(0, 1), title=STUDIES[name].title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -434,7 +485,7 @@ def main() -> None:
                 ]
                 with ThreadPoolExecutor(args.jobs) as pool:
                     list(pool.map(lambda training: train(training, args.start), group))
-    print(table(args.study, args.seeds))
+    print(table(args.study, args.seeds, args.start))
     plot(args.study, args.seeds, OUT / f"{args.study}.svg")
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from configs.schema import compose
-from data.draws import noise, uniform
 from data.loader import Batch, Batches, open_shards
 from diffusion.objective import Objective
 from diffusion.schedule import per_sample
@@ -31,7 +30,7 @@ from models.weights import load_denoiser, save_denoiser
 from training.config import RunConfig
 from training.ema import EMA
 from training.optim import build_optimizer, guarded_step, learning_rate
-from training.step import clean, condition
+from training.step import clean, condition, times_and_noise
 
 
 def converted(teacher: Any, old: Objective, new: Objective, x0: Tensor, eps: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -65,11 +64,9 @@ def distil(cfg: RunConfig, source: Path, images: int, out: Path) -> None:
     free, seen, size = list(student.parameters()), 0, cfg.train.batch_size
     for batch in batches(cfg, images):
         seen += size
-        rows, x0 = batch.positions.numpy(), clean(batch, cfg.seed)
+        x0 = clean(batch, cfg.seed)
         cond = condition(batch, conditioner, cfg.train.text_dropout, cfg.seed, x0.device)
-        u = torch.from_numpy(uniform(cfg.seed, "time", rows))
-        t = new.draw_times(u, cells=x0.shape[-2] * x0.shape[-1]).to(torch.float32)
-        eps = noise(cfg.seed, rows, tuple(x0.shape[1:]), x0.device)
+        t, eps = times_and_noise(new, x0, batch.positions, cfg.seed, size)
         pred = student(new.add_noise(x0, eps, t), new.network_time(t), cond)
         error = (pred - converted(teacher, old, new, x0, eps, t, cond)).square().mean((1, 2, 3))
         (new.weight(t) * error).mean().backward()

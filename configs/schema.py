@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent
 UNWRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)
-PLUGINS = {"submitit": "hydra-submitit-launcher", "optuna": "hydra-optuna-sweeper"}
+PLUGINS = {
+    "submitit": "hydra/launcher=slurm needs a plugin: pip install hydra-submitit-launcher",
+    "optuna": "hydra/sweeper=optuna is not among what is tested; search with python scripts/search.py",
+}
 SCHEMAS = {
     "data/shards": DataConfig,
     "model/ccdit": CCDiTConfig,
@@ -190,9 +193,8 @@ def explain(error: BaseException, config_name: str) -> str:
         return f"{wrong[1]} does not fit: {wrong[2]}"
     if absent := re.search(r"Could not (?:find|load) 'hydra/(launcher|sweeper)/([a-z]+)[^']*'", text):
         kind, name = absent.groups()
-        if plugin := PLUGINS.get(name):
-            return f"hydra/{kind}={'slurm' if name == 'submitit' else name} needs a plugin: pip install {plugin}"
-        return f"hydra/{kind}={name} is not a choice; choose basic, or install the plugin that has it"
+        other = f"hydra/{kind}={name} is not a choice; choose basic, or install the plugin that has it"
+        return PLUGINS.get(name, other)
     if wrong := re.search(r"Could not find '(\w+)/([^']+)' Available options in '\w+': (.*?) Config search", text):
         return f"{wrong[1]}={wrong[2]} is not a choice; choose one of {', '.join(wrong[3].split())}"
     if wrong := re.search(r"Missing mandatory value: (\S+)", text):

@@ -225,7 +225,7 @@ class Pipeline:
         turn = 0.0
         if refiner:
             turn = refiner.takes_over(times, handover)
-            refiner._join(self, turn)
+            refiner.join(self, turn)
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -377,8 +377,8 @@ class Pipeline:
             )
         return top
 
-    def _join(self, base: "Pipeline", t: float) -> None:
-        """Make ready to go on where `base` is at time t."""
+    def join(self, base: "Pipeline", t: float = 0.0) -> None:
+        """Make ready to go on where `base` is at time t; ValueError if that cannot be."""
         if self.autoencoder.digest != base.autoencoder.digest:
             raise ValueError(
                 f"the refiner {self.name} was trained with the autoencoder {self.description.vae.path}, the base"

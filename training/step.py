@@ -93,6 +93,23 @@ def neighbours(x: Tensor) -> Tensor:
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
+def times_and_noise(
+    objective: Objective, x0: Tensor, positions: Tensor, seed: int, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """t (b,) and eps (b, c, h, w) of each image, by its position; `batch_size` is the global one."""
+    config, rows = objective.config, positions.numpy()
+    u = torch.from_numpy(uniform(seed, "time", rows))
+    if config.stratified:
+        u = stratified(u, positions, batch_size)
+    t = objective.draw_times(u, cells=x0.shape[-2] * x0.shape[-1]).to(x0.device, torch.float32)
+    eps = noise(seed, rows, tuple(x0.shape[1:]), x0.device)
+    if config.offset_noise:
+        eps = eps + config.offset_noise * noise(seed, rows, (x0.shape[1], 1, 1), x0.device, "offset")
+    if config.pairing > 1:
+        eps = paired(x0, eps, config.pairing)
+    return t, eps
+
+
 def losses(
     denoiser: nn.Module,
     objective: Objective,
@@ -107,16 +124,8 @@ def losses(
 
     The unweighted loss is the plain squared error whatever is weighted, added or taken off, so that runs compare.
     """
-    config, rows = objective.config, positions.numpy()
-    u = torch.from_numpy(uniform(seed, "time", rows))
-    if config.stratified:
-        u = stratified(u, positions, batch_size)
-    t = objective.draw_times(u, cells=x0.shape[-2] * x0.shape[-1]).to(x0.device, torch.float32)
-    eps = noise(seed, rows, tuple(x0.shape[1:]), x0.device)
-    if config.offset_noise:
-        eps = eps + config.offset_noise * noise(seed, rows, (x0.shape[1], 1, 1), x0.device, "offset")
-    if config.pairing > 1:
-        eps = paired(x0, eps, config.pairing)
+    config = objective.config
+    t, eps = times_and_noise(objective, x0, positions, seed, batch_size)
     kept = kept_tokens(getattr(unwrap(denoiser), "config", None), x0.shape, positions, seed, x0.device)
     seen = objective.add_noise(x0, eps, t), objective.network_time(t), cond
     if alignment is None:

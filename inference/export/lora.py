@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inference.description import Description, find
 from inference.export.original import FAMILIES, to_original
-from inference.lora import METADATA, Update, read_lora
+from inference.lora import METADATA, Update, lora_file, read_lora
 from models.base import ModelConfig
 from models.interchange import Place, places, public_twin
 from models.lora import DENOISER
 from models.weights import appearing, first_names, read_config
 
+TRIGGER = "modelspec.trigger_phrase"
 PREFIXES = {"UNet2DConditionModel": "unet"}  # diffusers'; of the others it is transformer
 SD3 = "SD3Transformer2DModel"
 KOHYA = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
@@ -93,6 +95,14 @@ def export_lora(
     with appearing(out) as partial:
         save_file(tensors, partial, {"format": "pt", **about})
     return sum(map(len, held.networks.values()))
+
+
+def trigger_of(path: str | Path) -> str:
+    """The words that call what a LoRA file, or a run or checkpoint of adapters, has learnt; "" if it names none."""
+    if Path(path).is_dir():
+        return open_adapters(path).settings.get("trigger") or ""
+    with safe_open(lora_file(path), framework="pt") as file:
+        return (file.metadata() or {}).get(TRIGGER, "").strip()
 
 
 def open_adapters(checkpoint: str | Path, weights: str = "ema") -> Adapters:
@@ -257,7 +267,7 @@ def _about(held: Adapters, title: str, twin: Any) -> dict[str, str]:
     about = {"modelspec.title": title, "modelspec.resolution": f"{side}x{side}", "triptych.base": base.path}
     about["triptych.base_sha256"] = base.sha256
     if trigger:
-        about |= {"modelspec.trigger_phrase": trigger, "ss_tag_frequency": json.dumps({title: {trigger: 1}})}
+        about |= {TRIGGER: trigger, "ss_tag_frequency": json.dumps({title: {trigger: 1}})}
     if twin is not None:
         version, architecture = BASES[type(twin).__name__, _sized(twin)]
         about |= {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": architecture}
