@@ -134,7 +134,7 @@ def _adapted(studio: Studio):
         with gr.Row():
             fields["refine"] = gr.Checkbox(True, label="Refiner", scale=0, min_width=110, elem_id="refine")
             fields["handover"] = gr.Number(
-                label="Hand-over, 0 to 1", placeholder=f"{HANDOVER}" if whole else "where its training ends",
+                None, label="Hand-over", placeholder=f"{HANDOVER}" if whole else "where its training ends",
                 min_width=120, elem_id="handover",
             )  # fmt: skip
             if studio.refiner.conditioner.reads_score:

@@ -296,11 +296,11 @@ def score(path: Path, sampler: Any, size: tuple[int, int]) -> float:
 
 def examine(training: Training, start: Path) -> None:
     """The exam at every length, and at none if there was a start; checkpoints but the last are removed then."""
-    from inference.description import Description
+    from inference.description import Description, find
 
     study = STUDIES[training.study]
     variant, lengths = study.variant(training.variant), study.lengths(training.variant)
-    about = Description.load(training.folder)
+    about = Description.load(find(training.folder))
     size = (about.resolution, about.resolution)
     found: dict[int, float] = {}
     if variant.just_after is not None:
@@ -325,13 +325,13 @@ def examine(training: Training, start: Path) -> None:
 def level(name: str, start: Path) -> float:
     """What a training is to come back to: the study's, or what its start draws right with the same sampler."""
     from configs.schema import compose
-    from inference.description import Description
+    from inference.description import Description, find
 
     study, path = STUDIES[name], OUT / name / "before.json"
     if study.level is not None:
         return study.level
     if not path.is_file():
-        sampler, size = compose("stage1", study.command[1:]).sampler, Description.load(start).resolution
+        sampler, size = compose("stage1", study.command[1:]).sampler, Description.load(find(start)).resolution
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(score(start, sampler, (size, size))) + "\n")
     return json.loads(path.read_text())

@@ -105,13 +105,17 @@ def gamma_of(sigma_rel: float) -> float:
 def coefficients(kept: Sequence[tuple[int, float]], images: int, sigma_rel: float) -> list[float]:
     """How to sum averages, each of (images seen, sigma_rel), to come nearest to width `sigma_rel` at `images`.
 
-    With P the scalar products of the kept profiles and q theirs with the wanted one, over time: P c = q.
+    With P the scalar products of the kept profiles and q theirs with the wanted one, over time: P c = q, as nearly as
+    sum(c) = 1 allows, without which a few snapshots would make weights that are all some percent too large.
     """
     times, gammas = np.array([time for time, _ in kept], float), np.array([gamma_of(width) for _, width in kept])
     gram = _product(times[:, None], gammas[:, None], times[None], gammas[None])
     wanted = _product(times, gammas, float(images), gamma_of(sigma_rel))
     scale = 1 / np.sqrt(np.diag(gram))  # profiles of length 1: early ones are high and narrow
-    return list(scale * np.linalg.lstsq(gram * scale[:, None] * scale, wanted * scale, rcond=1e-14)[0])
+    ones = scale / np.linalg.norm(scale)  # the sum, over the scaled unknowns; its multiplier is the last of them
+    saddle = np.block([[gram * scale[:, None] * scale, ones[:, None]], [ones[None], np.zeros((1, 1))]])
+    sides = np.append(wanted * scale, 1 / np.linalg.norm(scale))
+    return list(scale * np.linalg.lstsq(saddle, sides, rcond=1e-14)[0][:-1])
 
 
 def _product(time, gamma, other_time, other_gamma):
@@ -148,8 +152,5 @@ def combine(folders: Sequence[Path], sigma_rel: float, images: int | None = None
             for name in file.keys():  # noqa: SIM118, it is no dict
                 tensor = file.get_tensor(name)
                 dtypes[name] = tensor.dtype
-                if name.endswith(".alpha"):  # an adapter's, the same in all: coefficients do not sum to 1 exactly
-                    total[name] = tensor
-                else:
-                    total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + weight * tensor.double()
+                total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + weight * tensor.double()
     return {name: tensor.to(dtypes[name]) for name, tensor in total.items()}

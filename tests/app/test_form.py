@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.form import AS_TRAINED, Form, axis
+from app.form import AS_TRAINED, Form, axis, keys
 from app.sheet import GAP, SMALLEST, labelled
 from diffusion.sample import Sampler
 from diffusion.timesteps import Grid
@@ -22,6 +22,20 @@ def test_a_form_is_the_settings_of_its_fields_and_of_those_it_does_not_show():
     assert changed.config() == expected
     assert replace(FORM, grid=AS_TRAINED).config().grid is None
     assert replace(FORM, seed=7, count=3).seeds() == [7, 8, 9]
+    scored = replace(FORM, base=SamplerConfig(aesthetic=5.0))
+    assert [replace(scored, aesthetic=score).config().aesthetic for score in (None, 0)] == [5.0, 0]
+
+
+def test_weights_of_loras_are_fields_of_the_page_and_axes_of_a_grid():
+    shown = {"subject": "a", "sampler": "ddim", "steps": 20, "guidance": 2.0, "base": SamplerConfig()}
+    form = Form.of(shown | {"LoRA seed.safetensors": 0.7, "LoRA figure": 0})
+    assert form == Form(**shown, loras={"seed.safetensors": 0.7, "figure": 0})
+    assert form.added() == {"seed.safetensors": 0.7}
+    assert "LoRA figure" in keys(by_class=False, loras=form.loras)
+    assert [(label, change(form).loras) for label, change in axis("LoRA seed.safetensors", "0, -0.5")] == [
+        ("seed 0", {"seed.safetensors": 0.0, "figure": 0}),
+        ("seed -0.5", {"seed.safetensors": -0.5, "figure": 0}),
+    ]
 
 
 def test_an_axis_changes_one_field():
@@ -47,6 +61,7 @@ def test_an_axis_of_samplers_leaves_eta_to_those_that_take_noise():
         ("steps", "ten", "the grid's steps 'ten' is no number that fits; give 10, 20, 40"),
         ("sampler", "magic", "the grid's sampler 'magic' is unknown; choose from euler, heun"),
         ("guidance", " , ", "the grid has no values for guidance; give some, such as 1, 2, 4"),
+        ("LoRA style", "much", "the grid's LoRA style 'much' is no number that fits; give 0, 0.5, 1"),
         ("prompt", "green, blue", "the grid looks for 'green', which the prompt does not hold"),
     ],
 )
@@ -61,6 +76,8 @@ def test_an_axis_refuses_what_is_none(key, values, message):
         ("guidance", None, "guidance is empty; give a number"),
         ("count", 17, "count=17 pictures are not drawn at once; choose 1 to 16"),
         ("height", 5000, "height=5000 is above 4096 pixels; choose a smaller one"),
+        ("loras", {"style": None}, "the weight of style is no number; give 1, or 0 to take it off"),
+        ("loras", {"style": float("nan")}, "the weight of style is no number"),
         ("steps", 0, "sampler.steps=0 must be at least 1"),
     ],
 )

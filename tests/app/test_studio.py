@@ -34,9 +34,13 @@ from diffusion.sample import Sampler
 from diffusion.timesteps import Grid
 from inference.description import Description, SamplerConfig
 from inference.picture import Settings, read_settings, save_picture
+from inference.pipeline import Pipeline
 from models.ccdit import CCDiTConfig
 from models.pixart import PixArt
+from models.unet import UNetConfig
 from models.weights import save_denoiser
+from tests.inference.test_lora import draw_factors
+from tests.inference.test_lora import write as write_lora
 
 ASSETS = "assets/shapes/pipeline"
 PROMPT = "a large blue circle at the top left on a white background"
@@ -165,6 +169,174 @@ def test_side_by_side_gives_each_checkpoint_its_own_subject_and_size(studio, of_
     assert re.match("it shows a class, which this checkpoint does not know; .* another checkpoint, of_classes", note)
 
 
+# --- LoRAs and a refiner ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(studio, tmp_path_factory) -> dict[str, Path]:
+    """Two LoRAs for the network and an encoder, not trained; one tells its trigger."""
+    folder, text = tmp_path_factory.mktemp("loras"), studio.pipeline.conditioner.text
+    paths = {}
+    for seed, name in enumerate(("style.safetensors", "figure.safetensors")):
+        tensors = {}
+        for part, module in (("denoiser", studio.pipeline.denoiser), ("text_encoder", text.encoders[0])):
+            for layer, (a, b) in draw_factors(module, 0.5, seed=seed).items():
+                tensors |= {f"{part}.{layer}.lora_A.weight": a, f"{part}.{layer}.lora_B.weight": 0.4 * b}
+        told = {"modelspec.trigger_phrase": "a <b>sks</b> thing"} if seed else None
+        paths[name] = write_lora(folder / name, tensors, told)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def refiners(studio, tmp_path_factory) -> dict[str, str]:
+    """Checkpoints of low noise, not trained: of the studio's kind, and a UNet that is told scores."""
+    torch.manual_seed(0)
+    unet = UNetConfig(in_channels=8, channels=[16], depths=[0], heads=[1], layers=1, groups=16, text_dim=192,
+                      vector_dim=128 + 5 * 256).build()  # fmt: skip
+    known, folder = studio.pipeline.description, tmp_path_factory.mktemp("refiners")
+    described = replace(known, objective=replace(known.objective, range=[0.0, 0.4]))
+    for name, denoiser in (("pixart", PixArt(studio.pipeline.denoiser.config)), ("scored", unet)):
+        for parameter in denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        (folder / name).mkdir()
+        save_denoiser(denoiser, folder / name / "denoiser", "ema")
+        described.save(folder / name)
+    return {name: str(folder / name) for name in ("pixart", "scored")}
+
+
+def with_weights(paths: dict[str, Path], *weights: float) -> list[tuple[Path, float]]:
+    return list(zip(paths.values(), weights, strict=True))
+
+
+def generated(pipeline: Pipeline, form: Form, **more) -> np.ndarray:
+    """The form's picture by the pipeline that scripts/sample.py draws with."""
+    return pipeline.generate([PROMPT], seeds=[form.seed], sampler=form.config(), **more)[0]
+
+
+def test_weights_are_those_of_a_pipeline_that_was_loaded_with_them(studio, files, form, tmp_path):
+    """Of one, of two, after the other checkpoint has drawn, and without any bit for bit what there was before."""
+    form = replace(form, steps=3, width=128, height=128)
+    ours = Studio(ASSETS, ASSETS, folder=tmp_path, loras=with_weights(files, 0.7, -0.5))
+    plain = generated(studio.pipeline, form)
+
+    def drawn(*weights: float) -> np.ndarray:
+        return pixels(drawn_by(ours, "text", replace(form, loras=dict(zip(files, weights, strict=True))))[0])
+
+    loaded = {
+        weights: generated(Pipeline.load(ASSETS, loras=with_weights(files, *weights)), form)
+        for weights in ((1.0, 0.0), (0.7, -0.5))
+    }
+    assert min(np.abs(one.astype(int) - plain).mean() for one in loaded.values()) > 2
+    for weights in ((0.7, -0.5), (1.0, 0.0), (0.7, -0.5)):
+        assert (drawn(*weights) == loaded[weights]).all()
+    assert (drawn(0, 0) == plain).all()
+
+    asked = replace(form, loras=dict(zip(files, (0.7, -0.5), strict=True)))
+    sheet = pixels(drawn_by(ours, "compare", asked)[0])
+    assert (sheet[-264:-8:2, -528:-272:2] == loaded[0.7, -0.5]).all()
+    assert (sheet[-264:-8:2, -264:-8:2] == plain).all()
+    assert (drawn(0.7, -0.5) == loaded[0.7, -0.5]).all()
+
+    asked = replace(form, x_key="LoRA style.safetensors", x_values="0, 1", loras={"figure.safetensors": 0})
+    sheet = pixels(drawn_by(ours, "grid", asked)[0])
+    assert (sheet[-264:-8:2, -528:-272:2] == plain).all()
+    assert (sheet[-264:-8:2, -264:-8:2] == loaded[1.0, 0.0]).all()
+
+
+def test_a_weight_that_stays_reads_no_file(files, form, tmp_path, monkeypatch):
+    ours = Studio(ASSETS, folder=tmp_path, loras=with_weights(files, 0.7, 0.5))
+    set_again = []
+    monkeypatch.setattr(ours.pipeline, "set_loras", set_again.append)
+    asked = replace(form, steps=1, loras={"style.safetensors": 0.7, "figure.safetensors": 0.5})
+    for guidance in (1.0, 2.0):
+        drawn_by(ours, "text", replace(asked, guidance=guidance))
+    assert not set_again
+    drawn_by(ours, "text", replace(asked, loras={"style.safetensors": 0.7, "figure.safetensors": 0.0}))
+    assert set_again == [[(files["style.safetensors"], 0.7)]]
+
+
+@pytest.mark.parametrize("name", ["pixart", "scored"])
+def test_a_refiner_goes_on_as_in_the_pipeline(studio, refiners, form, tmp_path, name):
+    ours = Studio(ASSETS, folder=tmp_path, refiner=refiners[name])
+    refiner = Pipeline.load(refiners[name])
+    form = replace(form, refine=True)
+    found = []
+    for changes in ({}, {"handover": 0.9}, {"aesthetic": 1.0}):
+        asked = replace(form, **changes)
+        drawn = drawn_by(ours, "text", asked)[0]
+        assert (pixels(drawn) == generated(studio.pipeline, asked, refiner=refiner, handover=asked.handover)).all()
+        assert (drawn.settings.refiner, drawn.settings.handover) == (name, asked.handover)
+        found.append(pixels(drawn).astype(int))
+    assert (np.abs(found[0] - found[2]).max() > 0) == (name == "scored")
+    off = drawn_by(ours, "text", replace(form, refine=False))[0]
+    assert off.settings.refiner is None
+    assert (pixels(off) == generated(studio.pipeline, form)).all()
+    assert min(np.abs(pixels(off) - one).max() for one in found) > 0
+
+
+def test_a_picture_restores_loras_and_refiner_where_they_are_open(studio, files, refiners, form, tmp_path):
+    ours = Studio(ASSETS, folder=tmp_path, loras=with_weights(files, 0.0, 0.0), refiner=refiners["scored"])
+    asked = replace(
+        form, steps=8, loras={"style.safetensors": 0.7, "figure.safetensors": 0.0},
+        refine=True, handover=0.9, aesthetic=3.5,
+    )  # fmt: skip
+    drawn = drawn_by(ours, "text", asked)[0]
+    known = read_settings(drawn.path)
+    assert (known.loras, known.refiner, known.handover) == ({"style.safetensors": 0.7}, "scored", 0.9)
+    assert known.sampler.aesthetic == 3.5
+    values, note = ours.restored(str(drawn.path))
+    assert not note
+    assert (pixels(drawn_by(ours, "text", replace(form, **values))[0]) == pixels(drawn)).all()
+    values, note = studio.restored(str(drawn.path))
+    assert (values["loras"], values["refine"]) == ({}, False)
+    assert note == (
+        "it was drawn with the LoRA style.safetensors, which is not open here;"
+        " it was drawn with the refiner scored, which is not open here"
+    )
+    plain = drawn_by(studio, "text", replace(form, steps=1))[0]
+    values, note = ours.restored(str(plain.path))
+    assert (values["loras"], values["refine"], note) == (dict.fromkeys(files, 0.0), False, "")
+
+
+def test_the_page_shows_what_was_given_and_no_more(studio, files, refiners, tmp_path):
+    def labels(studio: Studio) -> set:
+        return {one.label for one in build(studio).blocks.values() if isinstance(one, Component) and one.label}
+
+    told = {"LoRA style", "LoRA figure · say “a <b>sks</b> thing”", "Refiner", "Hand-over", "Aesthetic score"}
+    every = with_weights(files, 0.7, 0.5)
+    assert labels(Studio(ASSETS, folder=tmp_path, loras=every, refiner=refiners["scored"])) >= told
+    assert labels(Studio(ASSETS, folder=tmp_path, refiner=refiners["pixart"])) & told == {"Refiner", "Hand-over"}
+    assert not labels(studio) & told
+
+
+def test_what_does_not_go_with_the_checkpoint_is_refused_at_the_start(files, of_classes, refiners, tmp_path):
+    def start(**given) -> Studio:
+        return Studio(ASSETS, folder=tmp_path, **given)
+
+    with pytest.raises(ValueError, match="absent is not a .safetensors file; give a LoRA in that format"):
+        start(loras=[(tmp_path / "absent", 1.0)])
+    with pytest.raises(ValueError, match="style.safetensors names tensors .*; a LoRA for it has names of ours"):
+        Studio(str(of_classes), folder=tmp_path, loras=with_weights(files, 1.0, 1.0))
+    with pytest.raises(ValueError, match="two files of --lora have the same name, by which pictures tell them"):
+        start(loras=2 * with_weights(files, 1.0, 1.0))
+    other = tmp_path / "other"
+    shutil.copytree(refiners["pixart"], other)
+    shutil.copytree("assets/shapes/vae", other / "vae")
+    described = Description.load(other)
+    vae = other / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.write_bytes(vae.read_bytes()[:-4] + bytes(4))
+    replace(described, vae=replace(described.vae, path=str(other / "vae"))).save(other)
+    with pytest.raises(ValueError, match="the refiner other was trained with the autoencoder .*; a refiner goes on"):
+        start(refiner=str(other))
+
+
+def test_the_command_says_what_is_wrong_in_one_sentence():
+    command = [sys.executable, "app/gradio_app.py", "--checkpoint", ASSETS, "--lora", "style.safetensors:much"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: --lora style.safetensors:much does not end in a weight")
+
+
 @pytest.mark.parametrize(
     ("mode", "changes", "message"),
     [
@@ -224,11 +396,13 @@ def test_leaving_ends_the_drawing_within_a_step(studio, form):
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(files):
+    """With two LoRAs, both off, and a refiner that is the checkpoint itself and so changes nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page, address = serve(ASSETS, port=port, block=False)
+    loras = [f"{path}:0" for path in files.values()]
+    page, address = serve(ASSETS, loras=loras, refiner=ASSETS, port=port, block=False)
     yield address.rstrip("/")
     page.close()
 
@@ -451,6 +625,29 @@ def test_a_dropped_picture_restores_its_settings(page, tmp_path):
     assert value(page, "#seed input") == "1234567890123"
     drawn = read_settings(get(draw(page)[0])[1])
     assert replace(drawn, model="", model_hash="") == settings
+
+
+def test_a_weight_is_played_with_and_restored(page, files, tmp_path):
+    write(page, "#subject textarea", PROMPT)
+    write(page, "#steps input[type=number]", 3)
+    write(page, "#seed input", 3)
+    find(page, "#lock input")[0].click()
+    bodies = []
+    for weight in (0, 1, 0):
+        write(page, ".lora input[type=number]", weight)
+        bodies.append(get(draw(page)[0])[1])
+    assert bodies[0] == bodies[2]
+    known = read_settings(bodies[1])
+    assert (known.loras, known.refiner) == ({"style.safetensors": 1.0}, "pipeline")
+    pipeline = Pipeline.load(ASSETS, loras=with_weights(files, 1.0, 0.0))
+    expected = pipeline.generate([PROMPT], seeds=[3], sampler=known.sampler, refiner=Pipeline.load(ASSETS))[0]
+    assert (np.asarray(Image.open(BytesIO(bodies[1]))) == expected).all()
+    save_picture(tmp_path / "given.png", expected, replace(known, loras={"figure.safetensors": 2.5}, refiner=None))
+    find(page, "#restore input[type=file]")[0].send_keys(str(tmp_path / "given.png"))
+    until(lambda: status(page).startswith("Settings restored"))
+    until(lambda: [one.get_attribute("value") for one in find(page, ".lora input[type=number]")] == ["0", "2.5"])
+    assert not find(page, "#refine input")[0].is_selected()
+    assert read_settings(get(draw(page)[0])[1]).loras == {"figure.safetensors": 2.5}
 
 
 def test_an_error_is_a_sentence_and_the_page_goes_on(page):

@@ -80,6 +80,12 @@ def test_what_was_kept_is_itself():
     assert coefficients(kept, 1000, 0.05) == pytest.approx([1, 0, 0, 0], abs=1e-9)
 
 
+@pytest.mark.parametrize(("count", "wanted"), [(1, 0.2), (2, 0.07), (4, 0.15), (100, 0.03)])
+def test_what_is_summed_is_an_average(count, wanted):
+    kept = [(1000 * (i + 1), width) for i in range(count) for width in (0.05, 0.1)]
+    assert sum(coefficients(kept, 1000 * count, wanted)) == pytest.approx(1, abs=1e-8)
+
+
 def test_bad_widths_and_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ema.sigma_rel=\[0.3\] is outside 0.001 to 0.28; choose widths such as 0.05"):
         EMAConfig(sigma_rel=[0.3])
