@@ -68,6 +68,11 @@ def build(studio: Studio) -> gr.Blocks:
         fields |= more
         _drawing(studio, fields, mode, locked, history, submit, cancel, (status, live, gallery))
         _restoring(studio, fields, locked, dropped, status)
+        empty = [field for field in fields.values() if isinstance(field, gr.Number) and field.value is None]
+        if empty:  # gradio's page begins with 0 in their place
+            page.load(
+                lambda: dict.fromkeys(empty), None, empty, queue=False, show_progress="hidden", api_visibility="private"
+            )
     return page
 
 
@@ -129,17 +134,16 @@ def _adapted(studio: Studio):
         span = _reaching(SPANS[LORA], lora.weight)
         fields[LORA + name] = gr.Slider(*span, lora.weight, step=0.05, label=label, elem_classes="lora")
     if studio.refiner:
-        described = studio.refiner.description
-        whole = described.objective.range[1] == 1
+        whole, described = studio.refiner.description.objective.range[1] == 1, studio.pipeline.description
         with gr.Row():
             fields["refine"] = gr.Checkbox(True, label="Refiner", scale=0, min_width=110, elem_id="refine")
             fields["handover"] = gr.Number(
-                None, label="Hand-over", placeholder=f"{HANDOVER}" if whole else "where its training ends",
-                min_width=120, elem_id="handover",
+                None, label="Hand-over", placeholder=f"{HANDOVER}" if whole else AS_TRAINED, step=0.05, scale=1,
+                min_width=100, elem_id="handover",
             )  # fmt: skip
             if studio.refiner.conditioner.reads_score:
                 fields["aesthetic"] = gr.Number(
-                    studio.pipeline.description.sampler.aesthetic, label="Aesthetic score", min_width=120
+                    described.sampler.aesthetic, label="Aesthetic", step=0.5, scale=1, min_width=100
                 )
     return fields
 

@@ -166,16 +166,14 @@ def _run(found: "Plan") -> "Table":
         "speed", f"{work.images_per_s:,.3g} images/s at {question.mfu:.0%} of {work.peak_tflops:,.0f} TFLOP/s a GPU"
     )
     table.add_row("time", f"{duration(work.days)}, {work.gpu_hours:,.4g} GPU hours")
-    table.add_row("cost", f"{work.cost:,.0f} at {question.price:g} a GPU hour")
+    table.add_row("cost", f"{work.cost:,.{0 if work.cost >= 100 else 2}f} at {question.price:g} a GPU hour")
     pictures = f"{count(disk.images)} pictures" + ("" if disk.counted else ", or as many as --images says")
-    stored = f"a latent {disk.latents / 1e3:,.4g} kB"
+    stored = f"a latent {size(disk.latents)}"
     if disk.text_float16:
-        stored += (
-            f", a caption's states at most {disk.text_float16 / 1e3:,.4g} kB, {disk.text_int8 / 1e3:,.4g} in 8 bits"
-        )
-    table.add_row("data", f"{disk.total / 1e9:,.4g} GB for {pictures}")
+        stored += f", a caption's states at most {size(disk.text_float16)}, {size(disk.text_int8)} in 8 bits"
+    table.add_row("data", f"{size(disk.total)} for {pictures}")
     table.add_row("", stored)
-    table.add_row("a checkpoint", f"{disk.checkpoint / 1e9:,.4g} GB")
+    table.add_row("a checkpoint", size(disk.checkpoint))
     return table
 
 
@@ -207,6 +205,14 @@ def way(found: "Way") -> str:
 def gib(value: float) -> str:
     """Bytes as GiB."""
     return f"{value / 2**30:.{2 if value < 10 * 2**30 else 1}f}"
+
+
+def size(number: float) -> str:
+    """Bytes on a disk."""
+    for unit, letters in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= unit:
+            return f"{number / unit:,.3g} {letters}"
+    return f"{number / 1e3:,.3g} kB"
 
 
 def flops(number: float) -> str:

@@ -302,7 +302,7 @@ def test_the_page_shows_what_was_given_and_no_more(studio, files, refiners, tmp_
     def labels(studio: Studio) -> set:
         return {one.label for one in build(studio).blocks.values() if isinstance(one, Component) and one.label}
 
-    told = {"LoRA style", "LoRA figure · say “a <b>sks</b> thing”", "Refiner", "Hand-over", "Aesthetic score"}
+    told = {"LoRA style", "LoRA figure · say “a <b>sks</b> thing”", "Refiner", "Hand-over", "Aesthetic"}
     every = with_weights(files, 0.7, 0.5)
     assert labels(Studio(ASSETS, folder=tmp_path, loras=every, refiner=refiners["scored"])) >= told
     assert labels(Studio(ASSETS, folder=tmp_path, refiner=refiners["pixart"])) & told == {"Refiner", "Hand-over"}
@@ -632,13 +632,15 @@ def test_a_weight_is_played_with_and_restored(page, files, tmp_path):
     write(page, "#steps input[type=number]", 3)
     write(page, "#seed input", 3)
     find(page, "#lock input")[0].click()
+    find(page, "#sampler > button")[0].click()  # what is empty there stays so
     bodies = []
     for weight in (0, 1, 0):
         write(page, ".lora input[type=number]", weight)
         bodies.append(get(draw(page)[0])[1])
     assert bodies[0] == bodies[2]
     known = read_settings(bodies[1])
-    assert (known.loras, known.refiner) == ({"style.safetensors": 1.0}, "pipeline")
+    assert (known.loras, known.refiner, known.handover) == ({"style.safetensors": 1.0}, "pipeline", None)
+    assert known.sampler.negative_scale is None
     pipeline = Pipeline.load(ASSETS, loras=with_weights(files, 1.0, 0.0))
     expected = pipeline.generate([PROMPT], seeds=[3], sampler=known.sampler, refiner=Pipeline.load(ASSETS))[0]
     assert (np.asarray(Image.open(BytesIO(bodies[1]))) == expected).all()
