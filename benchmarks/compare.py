@@ -35,10 +35,11 @@ OUT = ROOT / "outputs" / "compare"
 
 @dataclass(slots=True, kw_only=True)
 class Variant:
-    """One thing done differently. `start` is where it begins: "" nowhere, START the common start, else a variant's end.
+    """One thing done differently.
 
-    `of` is the variant that it is compared with. `just_after` are words of `reparameterize.py` that make of the start
-    what the training begins with, which takes the exam too. `exams` are other lengths than the study's.
+    `start` is where it begins: "" nowhere, START the common start, else the end of a variant, or of STUDY/VARIANT. `of`
+    is the variant that it is compared with. `just_after` are words of `reparameterize.py` that make of the start what
+    the training begins with, which takes the exam too. `exams` are other lengths than the study's.
     """
 
     name: str
@@ -90,6 +91,7 @@ TEXT = "model=pixart_tiny"
 SLOWLY = [*SMALL, "optim.lr=3e-4", "optim.warmup=2000", "ema.halflife=2000"]
 LONG = ["experiment=demo/stage1", "optim.final=0.01", "optim.lr=5e-3", "optim.warmup=3000", "ema.halflife=4000"]
 WIDTHS = ["ema.sigma_rel=[0.05,0.1]", "checkpoint.every=4096", "checkpoint.snapshot_every=4096"]
+FLOWING = "transitions/eps to flow"  # where that training has ended
 ROUTED = ["model.route=0.5", "model.route_blocks=[1,4]"]
 ALIGNED = [
     "align.path=assets/shapes", "align.subfolder=image_encoder", "align.weight=0.5", "model.align_dim=64",
@@ -184,14 +186,21 @@ STUDIES = {
     ),
     "resolution": Study(
         title="From 64 to 128 px",
-        command=[*SLOWLY, "data.resolution=128", "data.path=datasets/labelled-128", "objective=eps"],
-        exams=[1024, 2048, 4096, 8192],
+        command=[*SLOWLY, "data.resolution=128", "data.path=datasets/labelled-128", "objective=flow"],
+        exams=[1024, 4096, 8192],
         prepare=[LARGE],
+        level=0.8,
         variants=[
-            changed("positions kept in range"),
-            changed("positions counted on", "model.base_size=16"),
-            changed("patches enlarged", "model.patch_size=4", "model.base_size=16"),
-            Variant(name="from scratch", settings=LONG, start="", of="", exams=[16384, 32768]),
+            changed("positions kept in range", "objective=flow", "objective.shift=2", start=FLOWING),
+            changed("positions counted on", "objective=flow", "objective.shift=2", "model.base_size=16", start=FLOWING),
+            changed("times not shifted", "objective=flow", start=FLOWING),
+            changed(
+                "patches enlarged", "objective=flow", "objective.shift=2", "model.patch_size=4", "model.base_size=16",
+                start=FLOWING,
+            ),
+            Variant(
+                name="from scratch", settings=[*LONG, "objective.shift=2"], start="", of="", exams=[16384, 32768]
+            ),
         ],
     ),
 }  # fmt: skip
@@ -243,7 +252,10 @@ def begin(training: Training, start: Path, distilled: bool = True) -> list[str]:
         return []
     if distil and distilled:
         return [f"init.from={training.folder / 'distilled'}"]
-    return [f"init.from={start if before == 'START' else Training(training.study, before, training.seed).folder}"]
+    if before == "START":
+        return [f"init.from={start}"]
+    study, name = before.split("/") if "/" in before else (training.study, before)
+    return [f"init.from={Training(study, name, training.seed).folder}"]
 
 
 def alone() -> dict[str, str]:

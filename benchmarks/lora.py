@@ -27,23 +27,14 @@ from training.run import run
 
 BASE, SIDE, COUNT = "assets/shapes/pipeline", 128, 300
 ZORB, PRIOR = Path("datasets/zorb"), Path("datasets/zorb-prior")
-TRAIN = [
-    f"init.from={BASE}", "data=shards", f"data.resolution={SIDE}", "data.exam=null", "train.batch_size=16",
-    "train.images=2400", "train.log_every=800", "optim.warmup=160", "ema.halflife=400", "ema.rampup=0.2",
-    "sample.every=1000000", "sample.first=1000000", "checkpoint.every=1000000", "evaluate.count=0",
-]  # fmt: skip
-LORA = ["model.lora.rank=8", "model.lora.trigger=a zorb", "optim.lr=2e-3"]
-ALONE = [f"data.path={ZORB}"]
-BESIDE = [
-    "data.path=null", f"+data.mix={{{ZORB}: 1, {PRIOR}: 1}}", f"+data.losses={{{ZORB}: 1, {PRIOR}: 1}}",
-    "train.images=4800",
-]  # fmt: skip
+QUIET = ["sample.every=1000000", "sample.first=1000000"]
+WHOLE = ["experiment=demo/lora", "model.lora.rank=null"]
 RUNS = {
-    "LoRA of rank 8": [*LORA, *ALONE],
-    "the same, prior preservation": [*LORA, *BESIDE],
-    "DoRA of rank 8": [*LORA, *ALONE, "model.lora.dora=true"],
-    "all weights, rate 2e-4": ["optim.lr=2e-4", *ALONE],
-    "all weights, rate 1e-3": ["optim.lr=1e-3", *ALONE],
+    "LoRA of rank 8": ["experiment=demo/lora"],
+    "the same, prior preservation": ["experiment=demo/dreambooth"],
+    "DoRA of rank 8": ["experiment=demo/lora", "model.lora.dora=true"],
+    "all weights, rate 2e-4": [*WHOLE, "optim.lr=2e-4"],
+    "all weights, rate 1e-3": [*WHOLE, "optim.lr=1e-3"],
 }
 HEAD = f"""# LoRA
 
@@ -122,10 +113,10 @@ def main() -> None:
     lines = [row("the base", "", "", base)]
     for name, settings in RUNS.items():
         folder = options.work / name.replace(" ", "-").replace(",", "")
-        run(compose("stage3", [*TRAIN, f"name={folder.name}", f"outputs={options.work}", *settings]))
+        run(compose("stage3", [*QUIET, f"name={folder.name}", f"outputs={options.work}", *settings]))
         tensors, size = read_tensors(find(folder) / "denoiser", "ema"), ""
         learnt = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha"))
-        if "model.lora.rank=8" in settings:
+        if "model.lora.rank=null" not in settings:
             file = folder / "zorb.safetensors"
             if not file.exists():
                 export_lora(folder, file, "triptych")

@@ -95,6 +95,7 @@ CLIP_L = Frozen(123_060_480, 77 * 768 + 49_408 * 768, 768, 0, 77)
 CLIP_L_PROJECTED = Frozen(123_650_304, CLIP_L.table, 768, 768, 77)
 BIG_G = Frozen(694_659_840, 77 * 1280 + 49_408 * 1280, 1280, 1280, 77)
 T5_XXL = Frozen(4_762_310_656, 32_128 * 4096, 4096)
+T5GEMMA_XL = Frozen(1_682_114_560, 256_000 * 2048, 2048)  # T5 XL's sizes; with its decoder 3.77 B, as published
 SD_VAE, SD3_VAE = Frozen(83_653_863, channels=4), Frozen(83_819_683, channels=16)
 SD1, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
 REFINER, SD3 = "stabilityai/stable-diffusion-xl-refiner-1.0", "stabilityai/stable-diffusion-3-medium-diffusers"
@@ -108,6 +109,7 @@ PUBLIC = {
     (SD3, "text_encoder_3"): T5_XXL,
     ("PixArt-alpha/PixArt-XL-2-1024-MS", "text_encoder"): T5_XXL,
     ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "text_encoder"): T5_XXL,
+    ("google/t5gemma-xl-xl-ul2", ""): T5GEMMA_XL,
     (SD1, "vae"): SD_VAE,
     (SDXL, "vae"): SD_VAE,
     (SD3, "vae"): SD3_VAE,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import CONFIGS, compose, main
+from configs.schema import CONFIGS, compose, compose_raw, main
 
 STAGES = ("stage1", "stage2", "stage3")
 EXPERIMENTS = sorted(
@@ -34,7 +34,8 @@ def test_each_choice_of_each_group_composes(group):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_each_experiment_composes_with_its_stage(experiment):
     for stage in [stage for stage in STAGES if stage in experiment] or STAGES:  # named by no stage: for every one
-        compose(stage, [f"experiment={experiment}", "data.path=any", "init.from=any"])
+        data = compose_raw(stage, [f"experiment={experiment}"]).data
+        compose(stage, [f"experiment={experiment}", "init.from=any", *["data.path=any"] * (not data.mix)])
 
 
 @pytest.mark.parametrize("name", MODELS)

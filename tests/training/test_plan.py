@@ -20,6 +20,7 @@ from training.plan import (
     SD3_VAE,
     SD_VAE,
     T5_XXL,
+    T5GEMMA_XL,
     Parts,
     Question,
     Rehearsal,
@@ -171,6 +172,8 @@ def test_public_parts_have_the_sizes_of_their_classes():
         CLIPTextModelWithProjection,
         T5Config,
         T5EncoderModel,
+        T5GemmaConfig,
+        T5GemmaEncoderModel,
     )
 
     large = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
@@ -180,6 +183,9 @@ def test_public_parts_have_the_sizes_of_their_classes():
     t5 = T5Config(
         d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu"
     )
+    sizes = {"hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 24, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 32, "head_dim": 64, "vocab_size": 256_000}
+    gemma = T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False, vocab_size=256_000)
     levels = {
         "block_out_channels": (128, 256, 512, 512),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -193,6 +199,7 @@ def test_public_parts_have_the_sizes_of_their_classes():
             CLIP_L_PROJECTED: CLIPTextModelWithProjection(large),
             BIG_G: CLIPTextModelWithProjection(huge),
             T5_XXL: T5EncoderModel(t5),
+            T5GEMMA_XL: T5GemmaEncoderModel(gemma),
             SD_VAE: AutoencoderKL(latent_channels=4, **levels),
             SD3_VAE: AutoencoderKL(latent_channels=16, **levels, **bare),
         }
