@@ -140,6 +140,7 @@ STUDIES = {
             Variant(name="uniform times", settings=["objective.times=uniform"]),
             Variant(name="v", settings=["objective=v", "objective.weighting=none"], of="v"),
             Variant(name="v, Min-SNR 5", settings=["objective=v"], of="v"),
+            Variant(name="averages kept", settings=["ema.sigma_rel=[0.05,0.1]", "checkpoint.snapshot_every=1024"]),
         ],
     ),
     "from scratch": Study(
