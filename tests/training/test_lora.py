@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,19 @@ def test_a_checkpoint_holds_adapters_alone_and_opens_with_its_base(config):
     before = TextConfig(path="assets/shapes").build().encoders[0].state_dict()["encoder.layers.0.mlp.fc1.weight"]
     torch.testing.assert_close(text.encoders[0].state_dict()["encoder.layers.0.mlp.fc1.weight"], before + b @ a)
     assert Pipeline.load(cfg.folder, device="cpu").generate(["a red circle"]).shape == (1, 128, 128, 3)
+
+
+def test_compiled_blocks_learn_the_same_adapters(config, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    plain, compiled = (config("model.lora.rank=2", f"train.compile={how}", name=how) for how in ("none", "blocks"))
+    run(plain)
+    torch._dynamo.utils.counters.clear()
+    run(compiled)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 0
+    one, other = (load_file(cfg.folder / "checkpoints/32" / FILES[0]) for cfg in (plain, compiled))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_adapters_on_adapters_and_a_whole_run_from_them(config):
