@@ -178,7 +178,7 @@ STUDIES = {
         ],
         exams=[8192, 16384, 32768, 65536],
         prepare=[CAPTIONED],
-        level=0.9,
+        level=0.5,
         variants=[
             Variant(name="anchor", settings=["init.mode=anchor"], just_after=[TEXT, "mode=anchor"], of=""),
             Variant(name="mean", settings=["init.mode=mean"], just_after=[TEXT, "mode=mean"], of=""),
@@ -389,16 +389,16 @@ def table(name: str, seeds: int, start: Path) -> str:
     told: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     seconds = told.get("seconds_an_image", {})
     lengths = sorted({images for curve in found.values() for images in curve})
-    compared = any(variant.of for variant in study.variants)
-    wanted = math.nan if compared else level(name, start)
-    extra = ["images saved", "time an image", "time saved"] if compared else [f"images to {wanted:.2f}"]
+    ratios_wanted = compared(name)
+    wanted = math.nan if ratios_wanted else level(name, start)
+    extra = ["images saved", "time an image", "time saved"] if ratios_wanted else [f"images to {wanted:.2f}"]
     lines = [row(["", "seeds", *(f"{n:,}" for n in lengths), *extra]), row(["---"] * (2 + len(lengths) + len(extra)))]
     for variant in study.variants:
         if variant.name not in found:
             continue
         curve = found[variant.name]
         means = {n: statistics.mean(values) for n, values in sorted(curve.items())}
-        if compared:
+        if ratios_wanted:
             base = {n: statistics.mean(values) for n, values in sorted(found.get(variant.of, {}).items())}
             saved = math.nan
             if base and variant.of != variant.name:
@@ -411,6 +411,11 @@ def table(name: str, seeds: int, start: Path) -> str:
         cells = [spread(curve[n]) if n in curve else "" for n in lengths]
         lines.append(row([variant.name, str(len(next(iter(curve.values())))), *cells, *last]))
     return "\n".join(lines)
+
+
+def compared(name: str) -> bool:
+    """Whether a study sets variants beside a base, rather than asking when they are back at a level."""
+    return any(variant.of for variant in STUDIES[name].variants)
 
 
 def row(cells: list[str]) -> str:
@@ -437,27 +442,29 @@ def reached(curve: dict[int, float], level: float) -> str:
     return f"under {min(n for n in curve if n):,}" if curve[last] >= level else f"over {last:,}"
 
 
-def plot(name: str, seeds: int, path: Path) -> None:
-    """Accuracy over images, a line a variant with every seed's points, as SVG."""
+def plot(name: str, seeds: int, path: Path, start: Path) -> None:
+    """Accuracy over images, a line a variant with every seed's points, and the level before as a dashed one, as SVG."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11}
     from matplotlib import pyplot
 
+    study = STUDIES[name]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for variant, curve in curves(name, seeds).items():
         lengths = sorted(curve)
         (line,) = axes.plot(lengths, [statistics.mean(curve[n]) for n in lengths], label=variant, linewidth=2)
         for n in lengths:
             axes.plot([n] * len(curve[n]), curve[n], ".", color=line.get_color(), alpha=0.4, markersize=5)
-    axes.set_xscale("symlog", base=2, linthresh=STUDIES[name].exams[0])
-    lengths = sorted(
-        {0, *(images for variant in STUDIES[name].variants for images in STUDIES[name].lengths(variant.name))}
-    )
+    if not compared(name):
+        wanted, kind = level(name, start), "to be reached" if study.level else "before"
+        axes.axhline(wanted, color="grey", linestyle="--", linewidth=1, label=f"{wanted:.2f}, {kind}")
+    axes.set_xscale("symlog", base=2, linthresh=study.exams[0])
+    lengths = sorted({0, *(images for variant in study.variants for images in study.lengths(variant.name))})
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
-    axes.set(xlabel="images after the change", ylabel="accuracy", ylim=(0, 1), title=STUDIES[name].title)
+    axes.set(xlabel="images after the change", ylabel="accuracy", ylim=(0, 1), title=study.title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -491,15 +498,14 @@ def main() -> None:
         for preparation in study.prepare:
             subprocess.run([sys.executable, *preparation], cwd=ROOT, check=True)
         wanted = [t for t in trainings(args.study, args.seeds) if not args.only or t.variant in args.only]
-        for seed in range(args.seeds):  # a variant may begin with the end of another of its seed
-            for first in (True, False):
-                group = [
-                    t for t in wanted if t.seed == seed and (study.variant(t.variant).start in ("", "START")) == first
-                ]
+        names = {variant.name for variant in study.variants}
+        for seed in range(args.seeds):
+            for later in (False, True):  # a variant may begin with the end of another of its seed
+                group = [t for t in wanted if t.seed == seed and (study.variant(t.variant).start in names) == later]
                 with ThreadPoolExecutor(args.jobs) as pool:
                     list(pool.map(lambda training: train(training, args.start), group))
     print(table(args.study, args.seeds, args.start))
-    plot(args.study, args.seeds, OUT / f"{args.study}.svg")
+    plot(args.study, args.seeds, OUT / f"{args.study}.svg", args.start)
 
 
 if __name__ == "__main__":
