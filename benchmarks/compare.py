@@ -188,7 +188,7 @@ STUDIES = {
     "resolution": Study(
         title="From 64 to 128 px",
         command=[*SLOWLY, "data.resolution=128", "data.path=datasets/labelled-128", "objective=flow"],
-        exams=[1024, 4096, 8192],
+        exams=[1024, 4096, 8192, 32768],
         prepare=[LARGE],
         level=0.8,
         variants=[
@@ -223,8 +223,12 @@ class Training:
     def folder(self) -> Path:
         return ROOT / "outputs" / self.name
 
+    def taken(self, images: int) -> int:
+        """Images in all after so many of the training itself."""
+        return STUDIES[self.study].variant(self.variant).distil + images
+
     def accuracies(self) -> dict[int, float]:
-        """By images seen; empty until the training has ended."""
+        """By images seen; empty until the training has ended once."""
         path = self.folder / "accuracies.json"
         return {int(n): value for n, value in json.loads(path.read_text()).items()} if path.is_file() else {}
 
@@ -266,7 +270,9 @@ def alone() -> dict[str, str]:
 
 def train(training: Training, start: Path) -> None:
     """Train to the end and take the exams, unless that was done."""
-    if training.accuracies():
+    if all(
+        training.taken(images) in training.accuracies() for images in STUDIES[training.study].lengths(training.variant)
+    ):
         return
     training.folder.mkdir(parents=True, exist_ok=True)
     examine = [sys.executable, __file__, training.study, "--exam", training.variant, "--seed", str(training.seed)]
@@ -315,8 +321,8 @@ def examine(training: Training, start: Path) -> None:
     variant, lengths = study.variant(training.variant), study.lengths(training.variant)
     about = Description.load(find(training.folder))
     size = (about.resolution, about.resolution)
-    found: dict[int, float] = {}
-    if variant.just_after is not None:
+    found = training.accuracies()  # of shorter lengths, if it has gone on since
+    if variant.just_after is not None and not found:
         became = training.folder / "just-after"
         if not became.is_dir():
             source = begin(training, start, distilled=False)[0].removeprefix("init.")
@@ -325,11 +331,12 @@ def examine(training: Training, start: Path) -> None:
                 cwd=ROOT, env=alone(), check=True,
             )  # fmt: skip
         found[0] = score(became, about.sampler, size)
-    if variant.distil:
+    if variant.distil and variant.distil not in found:
         found[variant.distil] = score(training.folder / "distilled", about.sampler, size)
     for images in lengths:
-        path = training.folder / "checkpoints" / str(images)
-        found[variant.distil + images] = score(path, about.sampler, size)
+        if training.taken(images) not in found:
+            path = training.folder / "checkpoints" / str(images)
+            found[training.taken(images)] = score(path, about.sampler, size)
     (training.folder / "accuracies.json").write_text(json.dumps(found) + "\n")
     for images in range(lengths[0], lengths[-1], lengths[0]):
         shutil.rmtree(training.folder / "checkpoints" / str(images), ignore_errors=True)
