@@ -187,21 +187,18 @@ STUDIES = {
     ),
     "resolution": Study(
         title="From 64 to 128 px",
-        command=[*SLOWLY, "data.resolution=128", "data.path=datasets/labelled-128", "objective=flow"],
-        exams=[1024, 4096, 8192, 32768],
+        command=[*FLOW, *LONG, "objective.shift=2", "data.resolution=128", "data.path=datasets/labelled-128"],
+        exams=[8192, 16384, 32768],
         prepare=[LARGE],
-        level=0.8,
+        level=0.5,
         variants=[
             changed("positions kept in range", "objective=flow", "objective.shift=2", start=FLOWING),
             changed("positions counted on", "objective=flow", "objective.shift=2", "model.base_size=16", start=FLOWING),
-            changed("times not shifted", "objective=flow", start=FLOWING),
             changed(
                 "patches enlarged", "objective=flow", "objective.shift=2", "model.patch_size=4", "model.base_size=16",
                 start=FLOWING,
             ),
-            Variant(
-                name="from scratch", settings=[*LONG, "objective.shift=2"], start="", of="", exams=[16384, 32768]
-            ),
+            Variant(name="from scratch", start="", of="", exams=[16384, 32768]),
         ],
     ),
 }  # fmt: skip
