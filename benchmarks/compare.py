@@ -190,7 +190,7 @@ STUDIES = {
         command=[*FLOW, *LONG, "objective.shift=2", "data.resolution=128", "data.path=datasets/labelled-128"],
         exams=[8192, 16384, 32768],
         prepare=[LARGE],
-        level=0.5,
+        level=0.78,
         variants=[
             changed("positions kept in range", "objective=flow", "objective.shift=2", start=FLOWING),
             changed("positions counted on", "objective=flow", "objective.shift=2", "model.base_size=16", start=FLOWING),
