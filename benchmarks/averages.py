@@ -1,6 +1,6 @@
 """Which length of average draws best: the exam with averages of many widths, made after training of what a run kept.
 
-    python benchmarks/averages.py "outputs/compare/from-scratch/base/0" --widths 0.02 0.05 0.1 0.15 0.2
+    python benchmarks/averages.py "outputs/compare/scratch/base/0" --widths 0.02 0.05 0.1 0.15 0.2
 
 The run had ema.sigma_rel=[0.05,0.1] and checkpoint.snapshot_every=N; beside them its last weights and its own average.
 """

@@ -143,7 +143,7 @@ STUDIES = {
             Variant(name="averages kept", settings=["ema.sigma_rel=[0.05,0.1]", "checkpoint.snapshot_every=1024"]),
         ],
     ),
-    "from scratch": Study(
+    "scratch": Study(
         title="Recipes for efficiency, from scratch",
         command=[*FLOW, *LONG],
         exams=[16384, 32768, 65536],
