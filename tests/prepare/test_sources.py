@@ -307,7 +307,7 @@ def test_braces_and_globs_over_http(tmp_path: Path, serve: Callable[[type], str]
     assert [s.image for s in read(url + "/*.tar")] == PICTURES[:6]
 
 
-@pytest.mark.parametrize("form", FORMS.keys() - {"datasets"})
+@pytest.mark.parametrize("form", sorted(FORMS.keys() - {"datasets"}))
 def test_in_memory(form: str, tmp_path: Path):
     path = FORMS[form](tmp_path)
     memory = fsspec.filesystem("memory")
