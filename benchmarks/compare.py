@@ -89,7 +89,10 @@ SMALL = [
 FLOW = [*SMALL, "objective=flow"]
 TEXT = "model=pixart_tiny"
 SLOWLY = [*SMALL, "optim.lr=3e-4", "optim.warmup=2000", "ema.halflife=2000"]
-LONG = ["experiment=demo/stage1", "optim.final=0.01", "optim.lr=5e-3", "optim.warmup=3000", "ema.halflife=4000"]
+LONG = [
+    "experiment=demo/stage1", "optim.final=0.01", "optim.lr=5e-3", "optim.warmup=3000", "ema.halflife=4000",
+    "sampler.name=ddim", "sampler.eta=1",
+]  # fmt: skip
 WIDTHS = ["ema.sigma_rel=[0.05,0.1]", "checkpoint.every=4096", "checkpoint.snapshot_every=4096"]
 FLOWING = "transitions/eps to flow"  # where that training has ended
 ROUTED = ["model.route=0.5", "model.route_blocks=[1,4]"]
@@ -173,8 +176,8 @@ STUDIES = {
     "architecture": Study(
         title="From classes to text",
         command=[
-            "train_stage3.py", "experiment=demo/stage3", "sampler=euler", "sampler.steps=20", "evaluate.count=0",
-            "checkpoint.keep=1", "sample.every=10000000", "sample.first=10000000",
+            "train_stage3.py", "experiment=demo/stage3", "sampler.steps=20", "evaluate.count=0", "checkpoint.keep=1",
+            "sample.every=10000000", "sample.first=10000000",
         ],
         exams=[8192, 16384, 32768, 65536],
         prepare=[CAPTIONED],
@@ -190,7 +193,7 @@ STUDIES = {
         command=[*FLOW, *LONG, "objective.shift=2", "data.resolution=128", "data.path=datasets/labelled-128"],
         exams=[8192, 16384, 32768],
         prepare=[LARGE],
-        level=0.78,
+        level=0.5,
         variants=[
             changed("positions kept in range", "objective=flow", "objective.shift=2", start=FLOWING),
             changed("positions counted on", "objective=flow", "objective.shift=2", "model.base_size=16", start=FLOWING),
