@@ -9,7 +9,7 @@ help:           ## print this list
 demo: .venv/ok  ## train all three stages on the embedded shapes, and show what came out
 	@bash scripts/curriculum.sh
 test: .venv/ok  ## run the tests
-	@$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
+	@$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 check: .venv/ok ## format, lint and types: what CI asks besides the tests
 	@ruff format --check . && ruff check . && pyright
 bench: .venv/ok ## measure speed, and compare with the numbers in benchmarks/
