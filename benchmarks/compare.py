@@ -270,9 +270,8 @@ def alone() -> dict[str, str]:
 
 def train(training: Training, start: Path) -> None:
     """Train to the end and take the exams, unless that was done."""
-    if all(
-        training.taken(images) in training.accuracies() for images in STUDIES[training.study].lengths(training.variant)
-    ):
+    lengths = STUDIES[training.study].lengths(training.variant)
+    if {training.taken(images) for images in lengths} <= training.accuracies().keys():
         return
     training.folder.mkdir(parents=True, exist_ok=True)
     examine = [sys.executable, __file__, training.study, "--exam", training.variant, "--seed", str(training.seed)]
@@ -357,18 +356,19 @@ def level(name: str, start: Path) -> float:
     return json.loads(path.read_text())
 
 
-def costs(name: str, start: Path, rounds: int = 5, images: int = 640) -> dict[str, float]:
+def costs(name: str, start: Path, only: list[str] | None, rounds: int = 5, images: int = 640) -> dict[str, float]:
     """Seconds an image of each variant, all in turns: the median over rounds of a short training's own clock."""
     found: dict[str, list[float]] = {variant.name: [] for variant in STUDIES[name].variants}
+    found = {variant: seconds for variant, seconds in found.items() if not only or variant in only}
     for turn in range(rounds):
-        for variant in STUDIES[name].variants:
-            training = Training(name, variant.name, 1000 + turn)
+        for variant in found:
+            training = Training(name, variant, 1000 + turn)
             extra = [f"train.images={2 * images}", f"train.log_every={images}", "checkpoint.every=10000000"]
             line = [*command(training, start), *extra, "checkpoint.keep_every=null"]
             subprocess.run(line, cwd=ROOT, env=alone(), check=True, stdout=subprocess.DEVNULL)
             lines = map(json.loads, (training.folder / "metrics.jsonl").read_text().splitlines())
             rates = [line["images_per_s"] for line in lines if line["kind"] == "train"]
-            found[variant.name].append(1 / rates[-1])  # the first has the start in it
+            found[variant].append(1 / rates[-1])  # the first has the start in it
             shutil.rmtree(training.folder)
     return {variant: statistics.median(seconds) for variant, seconds in found.items()}
 
@@ -497,7 +497,7 @@ def main() -> None:
         examine(Training(args.study, args.exam, args.seed), args.start)
         return
     if args.time:
-        measured = {"seconds_an_image": costs(args.study, args.start)}
+        measured = {"seconds_an_image": costs(args.study, args.start, args.only)}
         (ROOT / "benchmarks" / f"{args.study}.json").write_text(json.dumps(measured, indent=1) + "\n")
     elif not args.table:
         if not args.start.is_dir():
