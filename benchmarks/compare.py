@@ -358,13 +358,12 @@ def level(name: str, start: Path) -> float:
 
 def costs(name: str, start: Path, only: list[str] | None, rounds: int = 5, images: int = 640) -> dict[str, float]:
     """Seconds an image of each variant, all in turns: the median over rounds of a short training's own clock."""
-    found: dict[str, list[float]] = {variant.name: [] for variant in STUDIES[name].variants}
-    found = {variant: seconds for variant, seconds in found.items() if not only or variant in only}
+    found: dict[str, list[float]] = {v.name: [] for v in STUDIES[name].variants if not only or v.name in only}
     for turn in range(rounds):
         for variant in found:
             training = Training(name, variant, 1000 + turn)
             extra = [f"train.images={2 * images}", f"train.log_every={images}", "checkpoint.every=10000000"]
-            line = [*command(training, start), *extra, "checkpoint.keep_every=null"]
+            line = [*command(training, start), *extra, "checkpoint.keep_every=null", "checkpoint.snapshot_every=null"]
             subprocess.run(line, cwd=ROOT, env=alone(), check=True, stdout=subprocess.DEVNULL)
             lines = map(json.loads, (training.folder / "metrics.jsonl").read_text().splitlines())
             rates = [line["images_per_s"] for line in lines if line["kind"] == "train"]
