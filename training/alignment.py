@@ -43,7 +43,9 @@ class AlignConfig(FrozenConfig):
     def build(self, model: ModelConfig, autoencoder: Autoencoder) -> "Alignment":
         """Load the encoder, frozen; ValueError if it is none of patches, or not what the model is made for."""
         from transformers import AutoModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of reading a file: it would break into ours
         module = self.network(AutoModel, self.subfolder)
         module = getattr(module, "vision_model", module)
         options = module.config
