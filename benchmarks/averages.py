@@ -18,7 +18,8 @@ from scripts.average import average
 
 def accuracies(run: Path, widths: list[float]) -> dict[str, float]:
     """Share of the exam that is right, by what was averaged."""
-    about, newest = Description.load(find(run)), find(run)
+    newest = find(run)
+    about = Description.load(newest)
     size = (about.resolution, about.resolution)
     found = {"its own average": score(newest, about.sampler, size)}
     with tempfile.TemporaryDirectory() as temporary:

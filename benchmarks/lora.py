@@ -18,7 +18,7 @@ import torch
 from configs.schema import compose
 from data import shapes
 from data.shards import ShardWriter
-from inference.description import find
+from inference.description import Description, find
 from inference.export.lora import export_lora
 from inference.pipeline import Pipeline
 from models.autoencoder import AutoencoderConfig
@@ -40,9 +40,9 @@ HEAD = f"""# LoRA
 
 `OMP_NUM_THREADS=1 python benchmarks/lora.py --out benchmarks/lora.md`: {COUNT} pictures of purple stars, a pair that no
 training of the committed pipeline has shown, called "a zorb" and nothing else; 2,400 images in batches of 16 (with
-prior preservation 2,400 more that the base drew itself, of other prompts). Euler, 20 steps, averaged weights. A zorb is
-right if a purple star is there (48 pictures); the others are 200 held-out prompts of one object and 200 of pairs that
-were trained on. One run of each.
+prior preservation 2,400 more that the base drew itself, of other prompts). Averaged weights, drawn by the base's
+sampler in 20 steps: DDIM, eta 0.5, guidance 2. A zorb is right if a purple star is there (48 pictures); the others are
+200 held-out prompts of one object and 200 of pairs that were trained on. One run of each.
 
 | | weights learnt | file | "a zorb" | held-out prompts | trained pairs |
 |---|---|---|---|---|---|
@@ -76,7 +76,7 @@ def found(things: Any) -> bool:
 
 def drawn(pipeline: Pipeline, prompts: list[str]) -> np.ndarray:
     """A picture for each prompt."""
-    sampler = replace(Pipeline.load(BASE).description.sampler, steps=20)
+    sampler = replace(Description.load(Path(BASE)).sampler, steps=20)
     parts = [
         pipeline.generate(prompts[i : i + 50], seeds=range(i, min(i + 50, len(prompts))), sampler=sampler)
         for i in range(0, len(prompts), 50)
