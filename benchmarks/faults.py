@@ -237,7 +237,7 @@ class Campaign:
             if self._finished():
                 break
             fault.lost.append(max(0, self._reached() - self._saved()))
-            assert fault.lost[-1] < limit, f"{kind}: {fault.lost[-1]} images would be repeated"
+            assert fault.lost[-1] <= limit, f"{kind}: {fault.lost[-1]} images would be repeated"
             codes = self._start("run", ranks, overrides=calm)
             assert set(codes) == {0}, f"{kind}: started again, it ended with {codes}\n{self._all_said()}"
         same = self._finished() and self._digests("run", but) == self._digests(end, but)
