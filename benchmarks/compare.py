@@ -297,19 +297,18 @@ def score(path: Path, sampler: Any, size: tuple[int, int]) -> float:
 
     from data import shapes
     from inference.pipeline import Pipeline
+    from training.evaluate import draw
 
     torch.set_num_threads(1)
     pipeline = Pipeline.load(path)
     known = [shapes.PAIRS.index(pair) for pair in shapes.TRAIN_PAIRS]
     ids, scenes = [known[i % len(known)] for i in range(252)], shapes.exam(1234, 200, 1)
-    of_text = pipeline.description.num_classes is None
-    asked, pictures = [shapes.prompt(scene) for scene in scenes] if of_text else ids, []
-    for i in range(0, len(asked), 50):
-        what: dict[str, Any] = {"prompts" if of_text else "class_ids": asked[i : i + 50]}
-        seeds = list(range(1234 + i, 1234 + min(i + 50, len(asked))))
-        pictures.append(pipeline.generate(**what, seeds=seeds, sampler=sampler, size=size))
-    drawn = np.concatenate(pictures)
-    return shapes.mark(scenes, drawn)["all"] if of_text else shapes.mark_classes(ids, drawn)
+    if pipeline.description.num_classes is None:
+        prompts = [shapes.prompt(scene) for scene in scenes]
+        drawn = draw(pipeline, range(1234, 1234 + len(scenes)), prompts=prompts, sampler=sampler, size=size)
+        return shapes.mark(scenes, drawn)["all"]
+    drawn = draw(pipeline, range(1234, 1234 + len(ids)), class_ids=ids, sampler=sampler, size=size)
+    return shapes.mark_classes(ids, drawn)
 
 
 def examine(training: Training, start: Path) -> None:

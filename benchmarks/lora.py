@@ -23,6 +23,7 @@ from inference.export.lora import export_lora
 from inference.pipeline import Pipeline
 from models.autoencoder import AutoencoderConfig
 from models.weights import read_tensors
+from training.evaluate import draw
 from training.run import run
 
 BASE, SIDE, COUNT = "assets/shapes/pipeline", 128, 300
@@ -77,11 +78,7 @@ def found(things: Any) -> bool:
 def drawn(pipeline: Pipeline, prompts: list[str]) -> np.ndarray:
     """A picture for each prompt."""
     sampler = replace(Description.load(Path(BASE)).sampler, steps=20)
-    parts = [
-        pipeline.generate(prompts[i : i + 50], seeds=range(i, min(i + 50, len(prompts))), sampler=sampler)
-        for i in range(0, len(prompts), 50)
-    ]
-    return np.concatenate(parts)
+    return draw(pipeline, range(len(prompts)), prompts=prompts, sampler=sampler)
 
 
 def marks(pipeline: Pipeline) -> list[float]:

@@ -54,6 +54,18 @@ class Sampler(Enum):
 ETA = {Sampler.ddim: 0.0, Sampler.ddpm: 1.0, Sampler.euler_ancestral: 1.0, Sampler.dpmpp_2m_sde: 1.0}
 
 
+def check_eta(kind: Sampler, eta: float | None) -> None:
+    """Refuse fresh noise that is no share, or that this sampler does not take; None is the sampler's own."""
+    if eta is not None and not 0 <= eta <= 1:
+        raise ValueError(f"sampler.eta={eta} is outside 0 to 1; choose 0 for deterministic, 1 for ancestral")
+    if kind not in ETA and eta:
+        able = ", ".join(sampler.name for sampler in ETA)
+        raise ValueError(
+            f"sampler.eta={eta} adds noise, but sampler.name={kind.name} takes none; give sampler.eta=null, or choose"
+            f" one of {able}"
+        )
+
+
 def sample(
     kind: Sampler,
     denoise: Denoise,
@@ -70,9 +82,7 @@ def sample(
     `eta` (None: see `ETA`) and `noise` are for the stochastic ones, and no others take an eta above 0; `tolerance` is
     for dopri5.
     """
-    if kind not in ETA and eta:
-        able = ", ".join(sampler.name for sampler in ETA)
-        raise ValueError(f"sampler.eta={eta} adds noise, but sampler.name={kind.name} takes none; choose one of {able}")
+    check_eta(kind, eta)
     fresh = ETA.get(kind, 0.0) if eta is None else eta
     match kind:
         case Sampler.euler:
@@ -150,7 +160,6 @@ def ddim(
     paper's variance is tau^2 = eta^2 sigma^2 (1 - q^2), and the old noise keeps the rest, so z_s holds noise of
     amplitude exactly s for every eta.
     """
-    _require_share(eta)
     for step, (t, s) in enumerate(_intervals(times)):
         x0 = denoise(z, _fill(t, z))
         eps = (z - (1 - t) * x0) / t
@@ -177,7 +186,6 @@ def dpmpp_2m(
     eta > 0 is its stochastic form, with fresh noise; eta = 1 the SDE of the paper. The last step, to t = 0, is of first
     order, as h is infinite there.
     """
-    _require_share(eta)
     before: tuple[Tensor, float] | None = None  # the last x0, and the h of the last step
     for step, (t, s) in enumerate(_intervals(times)):
         x0, q = denoise(z, _fill(t, z)), _sigma_ratio(t, s)
@@ -330,8 +338,3 @@ def _h(t: float, s: float) -> float:
     """The step in half the log-SNR, -ln q: infinite from t = 1 and to s = 0."""
     q = _sigma_ratio(t, s)
     return -math.log(q) if q else math.inf
-
-
-def _require_share(eta: float) -> None:
-    if not 0 <= eta <= 1:
-        raise ValueError(f"sampler.eta={eta} is outside 0 to 1; choose 0 for deterministic, 1 for ancestral")

@@ -10,8 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from diffusion.objective import ObjectiveConfig
-from diffusion.sample import Sampler
+from torch import Tensor
+
+from diffusion.objective import Objective, ObjectiveConfig
+from diffusion.sample import Sampler, check_eta
 from diffusion.timesteps import Grid
 from models.autoencoder import AutoencoderConfig
 from models.folder import fault, newest
@@ -58,6 +60,14 @@ class SamplerConfig:
         for key in ("rho", "ramp_max", "tolerance"):
             if (value := getattr(self, key)) is not None and not value > 0:
                 raise ValueError(f"sampler.{key}={value} is not positive; choose a number above 0")
+        check_eta(self.name, self.eta)
+
+    def times(self, objective: Objective, cells: int) -> Tensor:
+        """The noise times that a picture of so many latent cells is walked through: (steps + 1,) float64.
+
+        Raises ValueError if the objective has no such grid.
+        """
+        return objective.grid(self.steps, self.grid, cells=cells, rho=self.rho, ramp_max=self.ramp_max)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -256,7 +256,7 @@ class Pipeline:
     def times(self, sampler: SamplerConfig, size: tuple[int, int] | None = None) -> Tensor:
         """The noise times that a picture of `size` pixels is walked through: (steps + 1,) float64."""
         _, h, w = self._latent_shape(size or (self.description.resolution, self.description.resolution))
-        return self.objective.grid(sampler.steps, sampler.grid, cells=h * w, rho=sampler.rho, ramp_max=sampler.ramp_max)
+        return sampler.times(self.objective, h * w)
 
     @staticmethod
     def steps(sampler: SamplerConfig, strength: float = 1.0, of: int | None = None) -> int:

@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def draw_grid(
     pipeline: Pipeline | Refined, what: Subjects, seed: int, path: Path | None, columns: int = 4
 ) -> dict[str, Any]:
     """Draw the subjects at fixed seeds into one PNG, if this rank writes any; returns the record for metrics.jsonl."""
-    pictures = _draw(pipeline, what.captions, what.class_ids, [seed + i for i in range(len(what.captions))])
+    prompts = what.captions if what.class_ids is None else None
+    seeds = range(seed, seed + len(what.captions))
+    pictures = draw(pipeline, seeds, prompts=prompts, class_ids=what.class_ids)
     blank = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
     tiles = np.concatenate([pictures, blank])
     rows = [np.concatenate(list(tiles[i : i + columns]), 1) for i in range(0, len(tiles), columns)]
@@ -77,11 +80,13 @@ def take_exam(pipeline: Pipeline | Refined, cfg: RunConfig) -> dict[str, Any]:
     if cfg.model.condition == "class":
         known = [shapes.PAIRS.index(pair) for pair in shapes.TRAIN_PAIRS]
         ids = [known[i % len(known)] for i in range(count)]
-        pictures = _draw(pipeline, None, ids, seeds, cfg.evaluate.batch)
+        pictures = draw(pipeline, seeds, class_ids=ids, batch=cfg.evaluate.batch)
         result: dict[str, Any] = {"class_accuracy": shapes.mark_classes(ids, pictures)}
     else:
         one, two = (
-            shapes.mark(scenes, _draw(pipeline, [shapes.prompt(s) for s in scenes], None, seeds, cfg.evaluate.batch))
+            shapes.mark(
+                scenes, draw(pipeline, seeds, prompts=[shapes.prompt(s) for s in scenes], batch=cfg.evaluate.batch)
+            )
             for scenes in (shapes.exam(seed, count, 1), shapes.exam(seed, count, 2))
         )
         result = _named(one) | {"two_objects": _named(two) | {"count": count}}
@@ -92,16 +97,19 @@ def _named(marks: dict[str, float]) -> dict[str, Any]:
     return {"prompt_accuracy": marks["all"], "attributes": {k: v for k, v in marks.items() if k != "all"}}
 
 
-def _draw(
+def draw(
     pipeline: Pipeline | Refined,
-    prompts: list[str] | None,
-    class_ids: list[int] | None,
-    seeds: list[int],
+    seeds: Sequence[int],
+    *,
+    prompts: Sequence[str] | None = None,
+    class_ids: Sequence[int] | None = None,
     batch: int = 50,
+    **options: Any,
 ) -> np.ndarray:
+    """A picture for each seed, with its prompt or its class, `batch` at a time; `options` are those of `generate`."""
     parts = []
     for i in range(0, len(seeds), batch):
-        ids = None if class_ids is None else class_ids[i : i + batch]
-        asked = None if class_ids is not None or prompts is None else prompts[i : i + batch]
-        parts.append(pipeline.generate(asked, class_ids=ids, seeds=seeds[i : i + batch]))
+        some = slice(i, i + batch)
+        asked, ids = prompts and prompts[some], class_ids and class_ids[some]
+        parts.append(pipeline.generate(asked, class_ids=ids, seeds=seeds[some], **options))
     return np.concatenate(parts)

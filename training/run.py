@@ -80,6 +80,8 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     check_pairing(micro_batch, cfg.objective.pairing)
     check_contrast(micro_batch, cfg.objective.contrast)
     sets = open_data(cfg, ranks)
+    objective, factor = Objective(cfg.objective), sets[0].index["vae"]["factor"]
+    cfg.sampler.times(objective, (cfg.data.resolution // factor) ** 2)  # refuses a grid that the objective has not
     dtype = precision(cfg.train.precision, ranks.device)
     masked = cfg.model.condition == "text" and cfg.text is not None and cfg.text.masked
     check_attention(cfg.train.attention, ranks.device, dtype, masked)
@@ -101,7 +103,6 @@ def _run(cfg: RunConfig, ranks: Ranks, held: ExitStack) -> dict[str, Any] | None
     denoiser.checkpoint(cfg.train.checkpointing, cfg.train.checkpoint_every)
     if cfg.train.channels_last:
         channels_last(denoiser)
-    objective = Objective(cfg.objective)
     alignment = cfg.align.build(cfg.model, autoencoder).to(ranks.device) if cfg.align.weight else None
     description = Description(
         objective=cfg.objective,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from diffusion.sample import Sampler
+from diffusion.sample import ETA, Sampler
 from diffusion.timesteps import Grid
 from inference.description import SamplerConfig
 from inference.picture import (
@@ -51,6 +51,7 @@ def draw_settings(seed: int) -> Settings:
     def maybe(value):
         return value if pick.random() < 0.6 else None
 
+    name = pick.choice(list(Sampler))
     return Settings(
         prompt=draw_text(pick),
         class_id=maybe(pick.randrange(1000)),
@@ -58,14 +59,14 @@ def draw_settings(seed: int) -> Settings:
         seed=pick.choice([0, 1, 2**32 - 1, 2**64 - 1, pick.randrange(2**40)]),
         size=maybe([pick.randrange(1, 4096), pick.randrange(1, 4096)]),
         sampler=SamplerConfig(
-            name=pick.choice(list(Sampler)),
+            name=name,
             steps=pick.randrange(1, 1000),
             grid=maybe(pick.choice(list(Grid))),
             guidance=pick.choice([0.0, 1.0, 7.5, pick.random() * 20, 1e-7]),
             negative_scale=maybe(pick.random()),
             rescale=pick.choice([0.0, 0.7, pick.random()]),
             interval=pick.choice([[0.0, 1.0], [0.25, 0.75]]),
-            eta=maybe(pick.random()),
+            eta=maybe(pick.random()) if name in ETA else None,
             rho=pick.choice([7.0, 5.5]),
             ramp_max=maybe(14.6),
             tolerance=pick.choice([1e-3, 1e-5]),

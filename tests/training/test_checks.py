@@ -51,6 +51,13 @@ def test_a_shard_with_a_wrong_hash_is_named(config, shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_sampler_that_cannot_draw_is_refused_before_training(config):
+    with pytest.raises(ValueError, match="sampler.eta=0.5 adds noise, but sampler.name=euler takes none; give sampler"):
+        config("stage1", "sampler=euler", "sampler.eta=0.5")
+    with pytest.raises(ValueError, match="a trailing grid walks a table, but objective.times=uniform; use the uniform"):
+        run(config("stage1", "objective=flow", "objective.times=uniform", "sampler.grid=trailing"))
+
+
 def test_the_batch_must_divide(config):
     with pytest.raises(ValueError, match="train.micro_batch=3 must divide a rank's share of 8 images; choose one of"):
         run(config("stage1", "train.micro_batch=3"))
