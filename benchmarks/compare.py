@@ -91,15 +91,12 @@ TEXT = "model=pixart_tiny"
 SLOWLY = [*SMALL, "optim.lr=3e-4", "optim.warmup=2000", "ema.halflife=2000"]
 LONG = [
     "experiment=demo/stage1", "optim.final=0.01", "optim.lr=5e-3", "optim.warmup=3000", "ema.halflife=4000",
-    "sampler.name=ddim", "sampler.eta=1",
+    "sampler.name=ddim", "sampler.eta=1", "align=none",
 ]  # fmt: skip
 WIDTHS = ["ema.sigma_rel=[0.05,0.1]", "checkpoint.every=4096", "checkpoint.snapshot_every=4096"]
 FLOWING = "transitions/eps to flow"  # where that training has ended
 ROUTED = ["model.route=0.5", "model.route_blocks=[1,4]"]
-ALIGNED = [
-    "align.path=assets/shapes", "align.subfolder=image_encoder", "align.weight=0.5", "model.align_dim=64",
-    "model.align_depth=2",
-]  # fmt: skip
+FINE = ["model.patch_size=1"]  # four times as many tokens
 
 
 def rates(name: str, settings: list[str], *tried: str) -> list[Variant]:
@@ -138,7 +135,7 @@ STUDIES = {
             Variant(name="base"),
             Variant(name="muon", settings=["optim=muon", "optim.lr=2e-3"]),
             Variant(name="TREAD, half of the tokens", settings=ROUTED),
-            Variant(name="REPA", settings=ALIGNED),
+            Variant(name="REPA", settings=["align=shapes"]),
             Variant(name="contrastive flow matching", settings=["objective.contrast=0.05"]),
             Variant(name="uniform times", settings=["objective.times=uniform"]),
             Variant(name="v", settings=["objective=v", "objective.weighting=none"], of="v"),
@@ -153,10 +150,13 @@ STUDIES = {
         prepare=[SHAPES],
         variants=[
             Variant(name="base", start="", settings=WIDTHS),
+            Variant(name="muon", start="", settings=["optim=muon"]),
             Variant(name="TREAD, half of the tokens", start="", settings=ROUTED),
-            Variant(name="REPA", start="", settings=ALIGNED),
+            Variant(name="REPA", start="", settings=["align=shapes"]),
             Variant(name="contrastive flow matching", start="", settings=["objective.contrast=0.05"]),
             Variant(name="uniform times", start="", settings=["objective.times=uniform"]),
+            Variant(name="64 tokens", start="", settings=FINE, of="64 tokens"),
+            Variant(name="64 tokens, half of them TREAD's", start="", settings=[*FINE, *ROUTED], of="64 tokens"),
         ],
     ),
     "transitions": Study(
@@ -176,8 +176,8 @@ STUDIES = {
     "architecture": Study(
         title="From classes to text",
         command=[
-            "train_stage3.py", "experiment=demo/stage3", "sampler.steps=20", "evaluate.count=0", "checkpoint.keep=1",
-            "sample.every=10000000", "sample.first=10000000",
+            "train_stage3.py", "experiment=demo/stage3", "align=none", "sampler.steps=20", "evaluate.count=0",
+            "checkpoint.keep=1", "sample.every=10000000", "sample.first=10000000",
         ],
         exams=[8192, 16384, 32768, 65536],
         prepare=[CAPTIONED],

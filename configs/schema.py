@@ -197,6 +197,9 @@ def explain(error: BaseException, config_name: str) -> str:
         return PLUGINS.get(name, other)
     if wrong := re.search(r"Could not find '(\w+)/([^']+)' Available options in '\w+': (.*?) Config search", text):
         return f"{wrong[1]}={wrong[2]} is not a choice; choose one of {', '.join(wrong[3].split())}"
+    if wrong := re.search(r"In '(\w+)/([^']+)': .* Key '\w+' not in '(\w+)' full_key: ((\w+)\S+)", text):
+        group, name, found, key, part = wrong.groups()
+        return f"{group}={name} sets {key}, which a {found} has not; choose another {part} or another {group}"
     if wrong := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{wrong[1]} has no value; give {wrong[1]}=..."
     return text

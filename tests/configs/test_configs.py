@@ -64,6 +64,7 @@ BAD = {
     "data=shards": "data.path=None and data.mix={}: give the folder of one data set",
     "data.path=/nowhere": "data.path=/nowhere does not exist; prepare it with `python scripts/prepare.py shapes`",
     "objective.zero_terminal=true": "objective.prediction=eps says nothing of x0 at t=1",
+    "align=shapes model=unet_tiny": "align=shapes sets model.align_dim, which a UNetConfig has not; choose another",
     "init.mode=best": "init.mode=best is not a choice; choose one of anchor, mean",
 }
 
@@ -73,7 +74,7 @@ def test_bad_input_gets_one_sentence_and_builds_nothing(override, monkeypatch, t
     from training.run import run
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_stage1.py", override])
+    monkeypatch.setattr(sys, "argv", ["train_stage1.py", *override.split()])
     monkeypatch.setattr("models.autoencoder.AutoencoderConfig.build", lambda self: pytest.fail("built something"))
     with pytest.raises(SystemExit) as exit_:
         main("stage1")(run)()

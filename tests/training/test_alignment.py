@@ -194,12 +194,9 @@ def test_an_encoder_of_other_latents_is_refused():
         build(SHAPES, channels=4, align_dim=64)
 
 
-ALIGNED = ["align.path=assets/shapes", "align.subfolder=image_encoder", "align.weight=0.5", "model.align_dim=64"]
-
-
 @pytest.mark.parametrize("route", [[], ["model.route=0.5", "model.route_blocks=[1,1]"]])
 def test_the_projector_is_trained_resumed_and_of_no_matter_to_sampling(config, route):
-    options = [*ALIGNED, "model.align_depth=1", "train.images=32", *route]
+    options = ["align=shapes", "model.align_depth=1", "train.images=32", *route]
     whole = config("stage3", *options, name="whole")
     parts = config("stage3", *options, "train.stop_at=16", name="parts")
     run(whole)
