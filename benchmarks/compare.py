@@ -150,13 +150,14 @@ STUDIES = {
         prepare=[SHAPES],
         variants=[
             Variant(name="base", start="", settings=WIDTHS),
-            Variant(name="muon", start="", settings=["optim=muon"]),
+            Variant(name="muon", start="", settings=["optim=muon", "optim.lr=2e-3"]),
+            Variant(name="muon, rate 5e-3", start="", settings=["optim=muon"]),
             Variant(name="TREAD, half of the tokens", start="", settings=ROUTED),
             Variant(name="REPA", start="", settings=["align=shapes"]),
             Variant(name="contrastive flow matching", start="", settings=["objective.contrast=0.05"]),
             Variant(name="uniform times", start="", settings=["objective.times=uniform"]),
             Variant(name="64 tokens", start="", settings=FINE, of="64 tokens"),
-            Variant(name="64 tokens, half of them TREAD's", start="", settings=[*FINE, *ROUTED], of="64 tokens"),
+            Variant(name="64 tokens, TREAD", start="", settings=[*FINE, *ROUTED], of="64 tokens"),
         ],
     ),
     "transitions": Study(
@@ -469,7 +470,8 @@ def plot(name: str, seeds: int, path: Path, start: Path) -> None:
     lengths = sorted({0, *(images for variant in study.variants for images in study.lengths(variant.name))})
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
-    axes.set(xlabel="images after the change", ylabel="accuracy", ylim=(0, 1), title=study.title)
+    begun = any(variant.start for variant in study.variants)
+    axes.set(xlabel="images after the change" if begun else "images", ylabel="accuracy", ylim=(0, 1), title=study.title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

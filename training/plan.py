@@ -351,7 +351,7 @@ def condition_of(cfg: RunConfig, frozen: "Parts") -> Cond:
 
 @dataclass(slots=True, kw_only=True)
 class Parts:
-    """Text encoders and autoencoder: bytes, and the shapes that they give; `notes`: what would be refused."""
+    """Text encoders and autoencoder: bytes, and the shapes that they give; `notes`: what is not counted, or refused."""
 
     text: float = 0
     vae: float = 0
@@ -377,6 +377,12 @@ def frozen_parts(cfg: RunConfig) -> Parts:
             )
     if cfg.text is not None and cfg.model.condition == "text":
         _add_text(parts, cfg, cfg.text)
+    if cfg.align.weight:
+        parts.notes.append(f"align.path={cfg.align.path} is not counted, nor pictures decoded for it to look at")
+    if cfg.train.precision is Precision.fp8:
+        parts.notes.append("train.precision=fp8 is counted as bf16: what it saves depends on the card")
+    if route := getattr(cfg.model, "route", 0):
+        parts.notes.append(f"model.route={route} is not counted: tokens are taken through all blocks")
     return parts
 
 

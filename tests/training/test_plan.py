@@ -216,6 +216,13 @@ def test_parts_on_this_machine_are_read_and_misfits_are_said():
     notes = frozen_parts(compose("stage3", ["model=mmdit_2b"])).notes
     assert any("model.text_dim=4096, but text.path=assets/shapes gives 192" in note for note in notes)
     assert any("model.in_channels=16, but vae.path=assets/shapes gives 8 channels" in note for note in notes)
+    options = ["align=shapes", "model.route=0.5", "model.route_blocks=[1,2]", "train.precision=fp8"]
+    said = frozen_parts(compose("stage3", options)).notes
+    assert [note.partition(" is ")[0] for note in said] == [
+        "align.path=assets/shapes",
+        "train.precision=fp8",
+        "model.route=0.5",
+    ]
     away = frozen_parts(config("pixart_tiny", "text.path=some/where", "vae.path=some/where"))
     assert [note.partition(" is not on this machine")[0] for note in away.notes] == [
         "vae.path=some/where",
