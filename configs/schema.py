@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).parent
 UNWRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)
 PLUGINS = {
-    "submitit": "hydra/launcher=slurm needs a plugin: pip install hydra-submitit-launcher",
-    "optuna": "hydra/sweeper=optuna is not among what is tested; search with python scripts/search.py",
+    "launcher/submitit": "hydra/launcher=slurm needs a plugin: pip install hydra-submitit-launcher",
+    "sweeper/optuna": "hydra/sweeper=optuna is not among what is tested; search with python scripts/search.py",
 }
 SCHEMAS = {
     "data/shards": DataConfig,
@@ -194,7 +194,7 @@ def explain(error: BaseException, config_name: str) -> str:
     if absent := re.search(r"Could not (?:find|load) 'hydra/(launcher|sweeper)/([a-z]+)[^']*'", text):
         kind, name = absent.groups()
         other = f"hydra/{kind}={name} is not a choice; choose basic, or install the plugin that has it"
-        return PLUGINS.get(name, other)
+        return PLUGINS.get(f"{kind}/{name}", other)
     if wrong := re.search(r"Could not find '(\w+)/([^']+)' Available options in '\w+': (.*?) Config search", text):
         return f"{wrong[1]}={wrong[2]} is not a choice; choose one of {', '.join(wrong[3].split())}"
     if wrong := re.search(r"In '(\w+)/([^']+)': .* Key '\w+' not in '(\w+)' full_key: ((\w+)\S+)", text):

@@ -100,6 +100,7 @@ def test_multirun_under_torchrun_is_refused(monkeypatch):
             "hydra/sweeper=optuna",
             "hydra/sweeper=optuna is not among what is tested; search with python scripts/search.py",
         ),
+        ("hydra/launcher=optuna", "hydra/launcher=optuna is not a choice; choose basic, or install the plugin"),
         ("hydra/launcher=cloud", "hydra/launcher=cloud is not a choice; choose basic, or install the plugin"),
     ],
 )
