@@ -173,11 +173,13 @@ def _denoiser_inputs(pipeline: Pipeline, reads: list[str]) -> Inputs:
     """Inputs to trace with, or, if asked for others, of another batch, size and number of tokens."""
     config, text = pipeline.denoiser.config, pipeline.conditioner.text
     p, batch = config.patch_size, _dimension("batch")
+    # what a UNet halves must not come to one cell, which the tracer takes for a side that is always one
+    unit = 2 ** (len(config.channels) - 1) if isinstance(config, UNetConfig) else 2 * p
     rows, columns = (p * _dimension(name) if p > 1 else _dimension(name) for name in ("rows", "columns"))
     pooled = text.pooled_width if text else getattr(config, "pooled_dim", 0)
 
     def inputs(others: bool) -> dict[str, tuple[Tensor, dict[int, Any]]]:
-        b, height, width, n = (3, 6 * p, 4 * p, 5) if others else (2, 4 * p, 6 * p, 7)
+        b, height, width, n = (3, 3 * unit, 2 * unit, 5) if others else (2, 2 * unit, 3 * unit, 7)
         numbers = torch.Generator().manual_seed(b)
 
         def normal(*shape: int) -> Tensor:

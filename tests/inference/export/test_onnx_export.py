@@ -42,8 +42,9 @@ V = ObjectiveConfig(prediction=Prediction.v, zero_terminal=True)
 FLOW = ObjectiveConfig(prediction=Prediction.flow, path=NoisePath.linear, times=TimeLaw.logit_normal, shift=2.0)
 
 TRANSFORMER: dict[str, Any] = {"base_size": 8, "hidden": 32, "depth": 2, "heads": 4}
-UNET: dict[str, Any] = {"base_size": 8, "channels": [16, 16], "depths": [1, 0], "heads": [2, 2], "groups": 8}
-UNET["layers"] = 1
+UNET: dict[str, Any] = {"base_size": 8, "groups": 8, "layers": 1}
+SD: dict[str, Any] = UNET | {"channels": [16] * 4, "depths": [1, 1, 1, 0], "heads": [2] * 4}  # halved as often as SD's
+SDXL: dict[str, Any] = UNET | {"channels": [16] * 3, "depths": [0, 1, 1], "heads": [2] * 3}
 MODELS: dict[str, tuple[ModelConfig, ObjectiveConfig]] = {
     "ccdit": (CCDiTConfig(**TRANSFORMER, num_classes=5), EPS),
     "pixart": (PixArtConfig(**TRANSFORMER, text_dim=40, kv_compression=2, kv_blocks=[1, 1]), V),
@@ -54,8 +55,8 @@ MODELS: dict[str, tuple[ModelConfig, ObjectiveConfig]] = {
         ),
         FLOW,
     ),
-    "sd": (UNetConfig(**UNET, text_dim=16), V),
-    "sdxl": (UNetConfig(**UNET, text_dim=32, vector_dim=32 + 6 * 256, linear_projection=True), EPS),
+    "sd": (UNetConfig(**SD, text_dim=16), V),
+    "sdxl": (UNetConfig(**SDXL, text_dim=32, vector_dim=32 + 6 * 256, linear_projection=True), EPS),
 }  # fmt: skip
 
 
