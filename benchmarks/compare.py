@@ -150,8 +150,9 @@ STUDIES = {
         prepare=[SHAPES],
         variants=[
             Variant(name="base", start="", settings=WIDTHS),
-            Variant(name="muon", start="", settings=["optim=muon", "optim.lr=2e-3"]),
-            Variant(name="muon, rate 5e-3", start="", settings=["optim=muon"]),
+            Variant(name="muon", start="", settings=["optim=muon"]),
+            Variant(name="muon, rate 2e-3", start="", settings=["optim=muon", "optim.lr=2e-3"]),
+            Variant(name="muon and REPA", start="", settings=["optim=muon", "align=shapes"]),
             Variant(name="TREAD, half of the tokens", start="", settings=ROUTED),
             Variant(name="REPA", start="", settings=["align=shapes"]),
             Variant(name="contrastive flow matching", start="", settings=["objective.contrast=0.05"]),
