@@ -174,7 +174,8 @@ def _denoiser_inputs(pipeline: Pipeline, reads: list[str]) -> Inputs:
     config, text = pipeline.denoiser.config, pipeline.conditioner.text
     p, batch = config.patch_size, _dimension("batch")
     # what a UNet halves must not come to one cell, which the tracer takes for a side that is always one
-    unit = 2 ** (len(config.channels) - 1) if isinstance(config, UNetConfig) else 2 * p
+    levels = len(getattr(config, "channels", []))
+    unit = 2 ** (levels - 1) if levels else 2 * p
     rows, columns = (p * _dimension(name) if p > 1 else _dimension(name) for name in ("rows", "columns"))
     pooled = text.pooled_width if text else getattr(config, "pooled_dim", 0)
 
