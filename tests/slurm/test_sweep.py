@@ -57,6 +57,6 @@ def test_a_job_of_two_ranks_goes_on_after_its_limit(slurm, multirun, tmp_path):
     (log,) = tmp_path.glob("outputs/pair/.submitit/*/*_0_log.out")
     text = log.read_text()
     assert text.count("64 records, 2 ranks") == 2, "it started twice"
-    assert "was asked to stop; the same command continues from" in text
-    assert " continues from " in text.partition("Requeued job")[2]
+    before, asked, after = text.partition("was asked to stop; the same command continues from")
+    assert asked and "starts from scratch" in before and " continues from " in after
     assert (found[0].parent / "checkpoints" / "1600").is_dir()
