@@ -91,7 +91,7 @@ TEXT = "model=pixart_tiny"
 SLOWLY = [*SMALL, "optim.lr=3e-4", "optim.warmup=2000", "ema.halflife=2000"]
 LONG = [
     "experiment=demo/stage1", "optim.final=0.01", "optim.lr=5e-3", "optim.warmup=3000", "ema.halflife=4000",
-    "sampler.name=ddim", "sampler.eta=1", "align=none",
+    "sampler.name=ddim", "sampler.eta=1", "align=none", "optim=adamw",
 ]  # fmt: skip
 WIDTHS = ["ema.sigma_rel=[0.05,0.1]", "checkpoint.every=4096", "checkpoint.snapshot_every=4096"]
 FLOWING = "transitions/eps to flow"  # where that training has ended
@@ -178,8 +178,8 @@ STUDIES = {
     "architecture": Study(
         title="From classes to text",
         command=[
-            "train_stage3.py", "experiment=demo/stage3", "align=none", "sampler.steps=20", "evaluate.count=0",
-            "checkpoint.keep=1", "sample.every=10000000", "sample.first=10000000",
+            "train_stage3.py", "experiment=demo/stage3", "align=none", "optim=adamw", "sampler.steps=20",
+            "evaluate.count=0", "checkpoint.keep=1", "sample.every=10000000", "sample.first=10000000",
         ],
         exams=[8192, 16384, 32768, 65536],
         prepare=[CAPTIONED],

@@ -30,6 +30,7 @@ from training.rules import (
 from training.sharded import local, whole
 
 MATRICES = re.compile(r"\bblocks\.\d+\..*(attn|mlp)\.\w+\.weight$")  # what Muon turns; modulation and tables are not
+TOGETHER = 1 << 22  # numbers in the parameters that are updated at once
 STACKED = {"qkv": 3, "kv": 2}  # matrices that one layer holds below one another
 
 
@@ -104,7 +105,7 @@ class OptimConfig:
 
 
 class Ruled(torch.optim.Optimizer):
-    """Updates by the rule of each group, one parameter after another; where `found_inf` is 1, nothing changes."""
+    """Updates by the rule of each group, parameters of one shape together; where `found_inf` is 1, nothing changes."""
 
     found_inf: Tensor
 
@@ -112,7 +113,6 @@ class Ruled(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.stochastic = stochastic
         self.norms: list[Tensor] | None = [] if in_backward else None  # of the gradients that were used and freed
-        self.generators: dict[torch.device, torch.Generator] = {}
         self.placed: set[Tensor] = set()
         place = 0
         for group in self.param_groups:
@@ -126,9 +126,8 @@ class Ruled(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, group, self.found_inf)
+            for parameters in alike([p for p in group["params"] if p.grad is not None]):
+                self.update(parameters, group, self.found_inf)
 
     @torch.no_grad()
     def consume(self, parameter: Tensor, group: Group) -> None:
@@ -136,40 +135,57 @@ class Ruled(torch.optim.Optimizer):
         assert self.norms is not None and parameter.grad is not None
         norm = gradient_norm([parameter])
         self.norms.append(norm)
-        self.update(parameter, group, (~torch.isfinite(norm)).float())
+        self.update([parameter], group, (~torch.isfinite(norm)).float())
         parameter.grad = None
 
-    def update(self, parameter: Tensor, group: Group, skipped: Tensor) -> None:
-        """One parameter, in place; an exact no-op where `skipped` is 1."""
+    def update(self, parameters: list[Tensor], group: Group, skipped: Tensor) -> None:
+        """Parameters of one shape, in place; an exact no-op where `skipped` is 1."""
         rule: Rule = group["rule"]
-        assert parameter.grad is not None
+        states = [self.state_of(parameter, rule) for parameter in parameters]
+        if rule.fused and parameters[0].dtype is torch.float32:
+            return rule.fused(parameters, states, group, skipped)
+        chances = [self.drawing(parameter, group) for parameter in parameters]
+        gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
+        updated = rule.update([parameter.float() for parameter in parameters], gradients, states, group, chances)
+        skip = skipped.bool()
+        for parameter, state, chance, (weights, fresh) in zip(parameters, states, chances, updated, strict=True):
+            weights = local(weights)
+            if parameter.dtype is torch.bfloat16 and self.stochastic:
+                weights = round_by_chance(weights, chance)
+            keep(local(parameter), weights, skip)
+            for name, value in fresh.items():
+                keep(local(state[name]), local(value), skip)
+
+    def state_of(self, parameter: Tensor, rule: Rule) -> dict[str, Tensor]:
+        """What is kept of a parameter; made before its first step, sharded as it is after it was read whole."""
         state = self.state[parameter]
-        if parameter not in self.placed:  # the first step, or the first after loading: what was read whole is sharded
+        if parameter not in self.placed:
             self.placed.add(parameter)
             state |= {name: split(state.get(name, zero), zero) for name, zero in rule.start(parameter).items()}
-        generator = self.drawing(parameter, group)
-        weights, fresh = rule.update(parameter.float(), parameter.grad.float(), state, group, generator)
-        weights = local(weights)
-        if parameter.dtype is torch.bfloat16 and self.stochastic:
-            weights = round_by_chance(weights, generator)
-        skip = skipped.bool()
-        keep(local(parameter), weights, skip)
-        for name, value in fresh.items():
-            keep(local(state[name]), local(value), skip)
+        return state
 
     def drawing(self, parameter: Tensor, group: Group) -> torch.Generator:
         """Chance for one update of one parameter: a function of how many there were, which is saved, and its place.
 
         The count lives on the host and goes on when an update is skipped; ranks that hold the same draw the same.
         """
-        device = local(parameter).device
-        generator = self.generators.setdefault(device, torch.Generator(device))
+        generator = torch.Generator(local(parameter).device)
         if group["rule"] is not ADAMW8BIT and not (self.stochastic and parameter.dtype is torch.bfloat16):
             return generator
         state = self.state[parameter]
         draws = state.get("draws", torch.zeros((), dtype=torch.int64)).cpu() + 1
         state["draws"] = draws
         return generator.manual_seed((int(draws) << 20) + group["places"][parameter])
+
+
+def alike(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of one shape and dtype, up to TOGETHER numbers: small matrices are worth a kernel only in stacks."""
+    kinds: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        kinds.setdefault((parameter.shape, parameter.dtype), []).append(parameter)
+    for (shape, _), members in kinds.items():
+        count = max(1, TOGETHER // max(1, shape.numel()))
+        yield from (members[first : first + count] for first in range(0, len(members), count))
 
 
 def keep(old: Tensor, new: Tensor, skip: Tensor) -> None:

@@ -49,7 +49,7 @@ from models.unet import SIZE_DIM
 from models.weights import locate
 from training.config import RunConfig
 from training.flops import PEAKS, flops_per_image
-from training.optim import Kind, OptimConfig, Ruled, Weights, build_optimizer
+from training.optim import Kind, OptimConfig, Ruled, Weights, alike, build_optimizer
 
 GIB = 2**30
 CARDS = (24, 48, 80, 141)  # GiB, as they are sold
@@ -299,7 +299,7 @@ def forgotten() -> Iterator[None]:
 
 
 def _ruled_bytes(optimizer: Ruled, denoiser: nn.Module) -> tuple[float, float]:
-    """The same of one that goes parameter by parameter; chance, which needs numbers, is left out of its steps."""
+    """The same of one that goes by few parameters at a time; chance, which needs numbers, is left out of its steps."""
     spare, chance = 0.0, torch.Generator()
     with Ledger(denoiser.parameters()) as ledger, torch.no_grad():
         for group in optimizer.param_groups:
@@ -307,11 +307,11 @@ def _ruled_bytes(optimizer: Ruled, denoiser: nn.Module) -> tuple[float, float]:
                 optimizer.state[parameter] = group["rule"].start(parameter)
         state = ledger.live.total()
         for group in optimizer.param_groups:
-            largest = max(group["params"], key=torch.numel)
+            largest = max(alike(group["params"]), key=lambda members: sum(p.numel() for p in members))
+            weights, gradients = [p.float() for p in largest], [torch.empty_like(p).float() for p in largest]
+            states, chances = [optimizer.state[p] for p in largest], [chance] * len(largest)
             ledger.peak = Step()
-            group["rule"].update(
-                largest.float(), torch.empty_like(largest).float(), optimizer.state[largest], group, chance
-            )
+            group["rule"].update(weights, gradients, states, group, chances)
             spare = max(spare, ledger.peak.alone - state)
     return state, spare
 

@@ -1,7 +1,8 @@
 """Update rules of optimizers as pure functions: (weights, gradient, state) -> (new weights, new state).
 
 Nothing is changed in place, so one `torch.where` a tensor (training/optim.py) turns an update into an exact no-op on
-the device, for every rule alike. Weights and gradients come as float32; state is tensors alone, named as it is saved.
+the device, for every rule alike; where a kernel does all of it, and skips by itself, that one is used. Weights and
+gradients come as float32; state is tensors alone, named as it is saved.
 
     AdamW          m = lerp(m, g, 1 - b1)   v = lerp(v, g^2, 1 - b2)   w -= lr (wd w + m_hat / (sqrt(v_hat) + eps))
     Adafactor      v = row x column / mean(row)   w -= max(eps2, rms(w)) min(lr, 1/sqrt(t)) u / max(1, rms(u))
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
 from training.sharded import is_part, local, whole
 
@@ -30,11 +32,26 @@ BLOCK = 256  # numbers that share a scale in 8 bits
 SMALL = 4096  # tensors below this many numbers are not worth 8 bits
 
 
+Update = Callable[[Tensor, Tensor, State, Group, torch.Generator], tuple[Tensor, State]]
+
+
 class Rule(NamedTuple):
-    """The state before the first step, and the update."""
+    """The state before the first step; the update of parameters of one shape; the same in place, skips heeded."""
 
     start: Callable[[Tensor], State]
-    update: Callable[[Tensor, Tensor, State, Group, torch.Generator], tuple[Tensor, State]]
+    update: Callable[
+        [list[Tensor], list[Tensor], list[State], Group, list[torch.Generator]], list[tuple[Tensor, State]]
+    ]
+    fused: Callable[[list[Tensor], list[State], Group, Tensor], None] | None = None
+
+
+def each(update: Update) -> Any:
+    """The update of several parameters, one after another."""
+
+    def updates(ps: list[Tensor], gs: list[Tensor], states: list[State], group: Group, chances: list[torch.Generator]):
+        return [update(p, g, state, group, chance) for p, g, state, chance in zip(ps, gs, states, chances, strict=True)]
+
+    return updates
 
 
 def like(part: Tensor, p: Tensor) -> Tensor:
@@ -74,6 +91,21 @@ def adamw_update(p: Tensor, g: Tensor, state: State, group: Group, _) -> tuple[T
     spread = (v / (1 - beta2**step)).sqrt_().add_(group["eps"]).mul_(1 - beta1**step)
     new = torch.addcdiv(p * (1 - group["lr"] * group["weight_decay"]), m, spread, value=-group["lr"])
     return new, {"step": step, "exp_avg": m, "exp_avg_sq": v}
+
+
+def adamw_fused(ps: list[Tensor], states: list[State], group: Group, skipped: Tensor) -> None:
+    """The same of float32 weights by torch's kernel, which leaves everything as it was where `skipped` is 1."""
+    beta1, beta2 = group["betas"]
+    adamw(
+        [local(p) for p in ps],
+        [local(p.grad) for p in ps if p.grad is not None],
+        [local(state["exp_avg"]) for state in states],
+        [local(state["exp_avg_sq"]) for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True, found_inf=skipped, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+        weight_decay=group["weight_decay"], eps=group["eps"],
+    )  # fmt: skip
 
 
 # AdamW, moments in 8 bits
@@ -192,15 +224,19 @@ def muon_start(p: Tensor) -> State:
     return {"momentum_buffer": zeros(p)}
 
 
-def muon_update(p: Tensor, g: Tensor, state: State, group: Group, _) -> tuple[Tensor, State]:
+def muon_update(ps: list[Tensor], gs: list[Tensor], states: list[State], group: Group, _) -> list[tuple[Tensor, State]]:
     """Of matrices; `group["parts"]` of them lie below one another, as in a layer that makes q, k and v at once."""
-    momentum = local(state["momentum_buffer"]).lerp(local(g), 1 - group["momentum"])
-    ahead = local(g).lerp(momentum, group["momentum"])
-    turned = local(split(polar(whole(like(ahead, p)).unflatten(0, (group["parts"], -1))).flatten(0, 1), p))
-    rows, columns = p.shape[0] // group["parts"], p.shape[1]
-    step = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]  # as long as AdamW's, so that lr means the same
-    new = torch.add(local(p) * (1 - group["lr"] * group["weight_decay"]), turned, alpha=-step)
-    return new, {"momentum_buffer": momentum}
+    mu, lr = group["momentum"], group["lr"]
+    momenta = [local(state["momentum_buffer"]).lerp(local(g), 1 - mu) for state, g in zip(states, gs, strict=True)]
+    ahead = [whole(like(local(g).lerp(m, mu).bfloat16(), g)) for g, m in zip(gs, momenta, strict=True)]
+    parts = torch.stack(ahead).unflatten(1, (group["parts"], -1))
+    turned = polar(parts.flatten(0, 1)).unflatten(0, parts.shape[:2]).flatten(1, 2)
+    step = 0.2 * math.sqrt(max(parts.shape[2:])) * lr  # as long as AdamW's, so that lr means the same
+    kept = 1 - lr * group["weight_decay"]
+    return [
+        (torch.add(local(p) * kept, local(split(turn, p)), alpha=-step), {"momentum_buffer": m})
+        for p, turn, m in zip(ps, turned, momenta, strict=True)
+    ]
 
 
 def split(tensor: Tensor, model: Tensor) -> Tensor:
@@ -213,19 +249,18 @@ def split(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 def polar(x: Tensor) -> Tensor:
-    """Matrices (..., rows, columns) with singular values near 1 and the same singular vectors.
+    """Matrices (n, rows, columns) with singular values near 1 and the same singular vectors.
 
     Five Newton-Schulz steps of the quintic whose slope at 0 is largest; the values end between 0.7 and 1.2 or so,
     which serves as well as 1 (https://kellerjordan.github.io/posts/muon). bfloat16 is enough for that.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    y = x.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
-    y = y.mT if tall else y
+    y = (x.mT if tall else x).bfloat16()
     y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)  # (a + b G + c G^2) y
     return (y.mT if tall else y).to(x.dtype)
 
 
@@ -256,11 +291,11 @@ def average_of(y: Tensor, z: Tensor, beta1: float) -> Tensor:
     return y.lerp(z, 1 - 1 / beta1)
 
 
-ADAMW = Rule(adamw_start, adamw_update)
-ADAMW8BIT = Rule(adamw8bit_start, adamw8bit_update)
-ADAFACTOR = Rule(adafactor_start, adafactor_update)
+ADAMW = Rule(adamw_start, each(adamw_update), adamw_fused)
+ADAMW8BIT = Rule(adamw8bit_start, each(adamw8bit_update))
+ADAFACTOR = Rule(adafactor_start, each(adafactor_update))
 MUON = Rule(muon_start, muon_update)
-SCHEDULE_FREE = Rule(schedule_free_start, schedule_free_update)
+SCHEDULE_FREE = Rule(schedule_free_start, each(schedule_free_update))
 
 
 def round_by_chance(x: Tensor, generator: torch.Generator) -> Tensor:
