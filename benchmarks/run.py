@@ -44,6 +44,34 @@ def optimizer() -> Row:
     return compare("clip and AdamW, 63 M parameters", ours, usual)
 
 
+def muon() -> Row:
+    """A step of Muon on the demo's first network, AdamW for what is no matrix of a block: ours against torch's two."""
+    from models.ccdit import CCDiTConfig
+    from training.optim import MATRICES, Kind, OptimConfig, build_optimizer, guarded_step
+
+    shape = CCDiTConfig(in_channels=8, patch_size=2, base_size=8, hidden=160, depth=6, heads=5, num_classes=48)
+    mine, theirs = shape.build(), shape.build()
+    for parameter in chain(mine.parameters(), theirs.parameters()):
+        parameter.grad = torch.randn_like(parameter)
+    free, grads = list(mine.parameters()), [parameter.grad for parameter in mine.parameters()]
+    turning = build_optimizer(mine, OptimConfig(kind=Kind.muon))
+    named = list(theirs.named_parameters())
+    turned = torch.optim.Muon([p for name, p in named if MATRICES.search(name)], adjust_lr_fn="match_rms_adamw")
+    rest = torch.optim.AdamW([p for name, p in named if not MATRICES.search(name)], fused=True)
+
+    def ours() -> None:
+        for parameter, grad in zip(free, grads, strict=True):
+            parameter.grad = grad
+        guarded_step(turning, free, 1e-4, 1e9)
+
+    def usual() -> None:
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1e9)
+        turned.step()
+        rest.step()
+
+    return compare("clip and Muon, 2.9 M parameters", ours, usual)
+
+
 def average() -> Row:
     """One EMA update on 63 M parameters: ours against diffusers' EMAModel."""
     from diffusers.training_utils import EMAModel
@@ -133,7 +161,7 @@ def main() -> None:
     from benchmarks.sampling import sampling
     from benchmarks.states import states
 
-    parts: list[Callable[[], Row]] = [optimizer, average, reading, start_up, whole_step]
+    parts: list[Callable[[], Row]] = [optimizer, muon, average, reading, start_up, whole_step]
     rows = []
     print(f"{'':64}{'ours':>16}{'usual':>16}{'ratio':>9}")
     for row in chain((part() for part in parts), loops()[0], states(), networks(), sampling(), onnx_rows()):
