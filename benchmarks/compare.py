@@ -75,7 +75,8 @@ class Study:
 
 SHAPES = ["scripts/prepare.py", "shapes", "--resolution", "64", "--images", "20000", "--two", "0"]
 CAPTIONED = [
-    "scripts/prepare.py", "shapes", "--resolution", "128", "--images", "12000", "--two", "0.1", "--text-states"
+    "scripts/prepare.py", "shapes", "--resolution", "128", "--images", "12000", "--two", "0.1", "--text-states",
+    "--out", "datasets/captioned-128",
 ]  # fmt: skip
 LARGE = [
     "scripts/prepare.py", "shapes", "--resolution", "128", "--images", "6000", "--two", "0", "--out",
@@ -180,6 +181,7 @@ STUDIES = {
         command=[
             "train_stage3.py", "experiment=demo/stage3", "align=none", "optim=adamw", "sampler.steps=20",
             "evaluate.count=0", "checkpoint.keep=1", "sample.every=10000000", "sample.first=10000000",
+            "data.path=datasets/captioned-128",
         ],
         exams=[8192, 16384, 32768, 65536],
         prepare=[CAPTIONED],
