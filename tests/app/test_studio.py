@@ -44,7 +44,7 @@ from tests.inference.test_lora import write as write_lora
 
 ASSETS = "assets/shapes/pipeline"
 PROMPT = "a large blue circle at the top left on a white background"
-PATIENCE = 30  # s
+PATIENCE = 120  # seconds; a picture of 160 steps is slow on a busy machine
 
 
 # --- the drawing behind the tabs --------------------------------------------------------------------------
